@@ -1,0 +1,884 @@
+"""Proximal Policy Optimization (PPO) for continuous control, in one file.
+
+Every iteration plays num_envs x num_steps transitions with the policy pi_old, estimates their advantages A by
+GAE(lambda) (Schulman et al. 2016), and takes a few epochs of minibatch steps to
+
+    maximise  E[ min(r A, clip(r, 1 - eps, 1 + eps) A) ] - vf_coef E[ (V - R)^2 / 2 ] + ent_coef E[ H(pi) ],
+
+where r = pi(a|s) / pi_old(a|s) and R = A + V_old (Schulman et al. 2017, equations 7 and 9). `--surrogate` has
+the other rows of that paper's Table 1: a fixed or an adaptive KL penalty instead of the clip, or neither.
+
+    python ppo_continuous.py --env-id Hopper-v5 --seed 3
+    python ppo_continuous.py --resume runs/Hopper-v5__ppo_continuous__3__20261120-101500
+    python ppo_continuous.py --evaluate runs/Hopper-v5__ppo_continuous__3__20261120-101500 --capture-video
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import threadpoolctl
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.envs.mujoco import MujocoEnv
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Run
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment with a Box of actions; `module:Name-v0` imports the module that registers it"""
+    seed: int = 1
+    """seed of the environments, the networks and the sampling"""
+    total_timesteps: int = 1_000_000
+    """environment steps, rounded up to whole iterations"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where the networks are trained; auto is the CPU, which is faster for networks of this size"""
+    compile: bool = True
+    """compile the update with torch.compile, about 4 times faster; without a compiler it runs eagerly"""
+    checkpoint_interval: int = 100_000
+    """environment steps between checkpoints"""
+    eval_interval: int = 100_000
+    """environment steps between evaluations of the deterministic policy; 0 for none"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    resume: str | None = None
+    """run directory to go on with; its arguments are loaded first"""
+    evaluate: str | None = None
+    """run directory or checkpoint file to evaluate instead of training"""
+
+    # Algorithm
+    num_envs: int = 32
+    """environments played side by side"""
+    num_steps: int = 64
+    """steps in each environment per iteration"""
+    update_epochs: int = 10
+    """passes over the transitions of an iteration"""
+    num_minibatches: int = 32
+    """minibatches per epoch; divides num_envs x num_steps"""
+    learning_rate: float = 3e-4
+    """step size of Adam at the start"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0 over total_timesteps"""
+    gamma: float = 0.99
+    """discount factor, in [0, 1]"""
+    gae_lambda: float = 0.9
+    """lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return"""
+    surrogate: Literal["clip", "kl-fixed", "kl-adaptive", "none"] = "clip"
+    """what keeps the policy near the old one"""
+    clip_coef: float = 0.2
+    """eps, the range of the ratio that surrogate clip leaves untouched"""
+    kl_coef: float = 1.0
+    """beta, the weight of the penalty of surrogate kl-fixed, and the first one of kl-adaptive"""
+    kl_target: float = 0.01
+    """KL(old, new) per iteration that kl-adaptive steers to, in nats"""
+    target_kl: float | None = 0.02
+    """end the epochs of an iteration once the mean KL of one exceeds 1.5 times this; none for no limit"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    recompute_advantages: bool = True
+    """compute values and advantages anew for each epoch, with the critic as it is by then"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """longest gradient; a longer one is scaled down to it"""
+    log_std_init: float = -0.5
+    """logarithm of the first standard deviation of the actions, in units of half the action range"""
+
+    # Logging
+    exp_name: str = "ppo_continuous"
+    """name of the experiment, part of the name of the run directory"""
+    runs: str = "runs"
+    """folder of the run directories"""
+    capture_video: bool = False
+    """record the first episode of each evaluation"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "policy-optimization"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """team in Weights & Biases"""
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions per iteration."""
+        return self.num_envs * self.num_steps
+
+    def __post_init__(self) -> None:
+        for (
+            name
+        ) in "total_timesteps num_envs num_steps update_epochs num_minibatches checkpoint_interval".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_coef", "kl_coef", "kl_target", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.eval_interval < 0 or self.eval_episodes < 1:
+            raise ValueError("eval_interval must be at least 0, and eval_episodes at least 1")
+        if self.batch_size % self.num_minibatches:
+            batch = f"num_envs x num_steps = {self.num_envs} x {self.num_steps} = {self.batch_size}"
+            raise ValueError(f"num_minibatches = {self.num_minibatches} must divide the batch of {batch}")
+        if self.norm_adv and self.batch_size == self.num_minibatches:
+            raise ValueError("minibatches of one transition cannot be normalised: lower num_minibatches")
+        if self.resume and self.evaluate:
+            raise ValueError("resume and evaluate exclude each other")
+
+
+# What may differ when a run is resumed; with anything else it would be another run.
+MAY_CHANGE = "resume total_timesteps device capture_video track wandb_project_name wandb_entity".split()
+
+
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line (or `arguments`); with --resume it is read on top of the arguments of that run."""
+    args = tyro.cli(Args, args=arguments)
+    if not args.resume:
+        return args
+    path = Path(args.resume) / "args.json"
+    try:
+        saved = Args(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"Cannot resume {args.resume}, {path} is not there or not of this script: {error}")
+    args = tyro.cli(Args, args=arguments, default=saved)
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            raise SystemExit(
+                f"--resume cannot change {name} from {value} to {getattr(args, name)}, "
+                f"only {', '.join(MAY_CHANGE)}"
+            )
+    return args
+
+
+# ---------------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """An environment with flat observations and a Box of actions, or SystemExit with a sentence."""
+    try:
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"Cannot make the environment {env_id}: {error}")
+    if not isinstance(env.action_space, gym.spaces.Box):
+        raise SystemExit(
+            f"{env_id} has {env.action_space} actions, and this script needs a Box: "
+            "ppo_discrete.py is for discrete actions, ppo_atari.py for Atari"
+        )
+    if not env.observation_space.is_np_flattenable:
+        raise SystemExit(f"{env_id} has {env.observation_space} observations, which cannot be flattened")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def wrapper_layers(env: gym.Env) -> list[gym.Env]:
+    """The environment with its wrappers, outermost first."""
+    layers = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def stagger_time_limits(envs: gym.vector.SyncVectorEnv) -> None:
+    """Lets environment i of N begin i/N into its time limit, so that the time limits do not fall together.
+
+    In step, every batch would show one stretch of the episode only.
+    """
+    for i, env in enumerate(envs.envs):
+        for layer in wrapper_layers(env):
+            if isinstance(layer, gym.wrappers.TimeLimit):
+                layer._elapsed_steps = i * layer._max_episode_steps // envs.num_envs
+
+
+PLAIN = (bool, int, float, str, type(None), np.ndarray)
+CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, np.random.Generator)
+
+
+def get_env_state(env: gym.Env) -> dict | None:
+    """All that decides how an environment goes on; None where that cannot be read.
+
+    That is its generator, the plain attributes of it and its wrappers (elapsed steps, and the whole state of
+    Gymnasium's classic control), and the simulation of a MuJoCo task.
+    """
+    core = env.unwrapped
+    if not isinstance(core, MujocoEnv) and not all(
+        isinstance(x, PLAIN + CONSTANT) for x in vars(core).values()
+    ):
+        return None
+    state = {"generator": core.np_random.bit_generator.state, "layers": []}
+    for layer in wrapper_layers(env):
+        plain = {name: x for name, x in vars(layer).items() if isinstance(x, PLAIN)}
+        arrays = {name: torch.tensor(x) for name, x in plain.items() if isinstance(x, np.ndarray)}
+        state["layers"].append(plain | arrays)
+    if isinstance(core, MujocoEnv):
+        simulation = np.empty(mujoco.mj_stateSize(core.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(core.model, core.data, simulation, mujoco.mjtState.mjSTATE_INTEGRATION)
+        # Ant and Humanoid read the last two one substep late, so they do not follow from the first.
+        state["mujoco"] = [torch.tensor(x) for x in (simulation, core.data.xpos, core.data.xipos)]
+    return state
+
+
+def set_env_state(env: gym.Env, state: dict) -> None:
+    """Brings an environment that has been reset to the state that `get_env_state` returned."""
+    core = env.unwrapped
+    core.np_random.bit_generator.state = state["generator"]
+    for layer, attributes in zip(wrapper_layers(env), state["layers"], strict=True):
+        for name, x in attributes.items():
+            setattr(layer, name, x.numpy() if isinstance(x, torch.Tensor) else x)
+    if isinstance(core, MujocoEnv):
+        simulation, xpos, xipos = (x.numpy() for x in state["mujoco"])
+        mujoco.mj_setState(core.model, core.data, simulation, mujoco.mjtState.mjSTATE_INTEGRATION)
+        core.data.xpos[:], core.data.xipos[:] = xpos, xipos
+
+
+# ----------------------------------------------------------------------------------------------- agent
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far, as buffers, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, rows: np.ndarray) -> None:
+        """Takes in rows (B, *shape)."""
+        total = self.count.item() + len(rows)
+        weight = len(rows) / total
+        delta = rows.mean(0, dtype=np.float64) - self.mean.cpu().numpy()
+        within = (1 - weight) * self.variance.cpu().numpy() + weight * rows.var(0, dtype=np.float64)
+        self.mean += torch.as_tensor(weight * delta, dtype=torch.float32)
+        self.variance.copy_(torch.as_tensor(within + weight * (1 - weight) * delta**2))
+        self.count.fill_(total)
+
+
+def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
+    """Linear layers with tanh between them; orthogonal weights of gain sqrt(2), the last `output_gain`."""
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, output_gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Gaussian policy and value function, with the statistics and action bounds that belong to them.
+
+    Both networks see normalised observations. A raw action in [-1, 1] covers the range of the environment.
+    """
+
+    def __init__(
+        self, observation_size: int, action_low: np.ndarray, action_high: np.ndarray, log_std: float = 0.0
+    ):
+        super().__init__()
+        self.actor = mlp([observation_size, 64, 64, len(action_low)], output_gain=0.01)
+        self.critic = mlp([observation_size, 64, 64, 1], output_gain=1.0)
+        self.log_std = nn.Parameter(torch.full((len(action_low),), log_std))
+        self.observation_statistics = RunningStatistics((observation_size,))
+        self.return_statistics = RunningStatistics(())
+        self.register_buffer("action_low", torch.as_tensor(action_low, dtype=torch.float32))
+        self.register_buffer("action_high", torch.as_tensor(action_high, dtype=torch.float32))
+
+    def value(self, observations: torch.Tensor) -> torch.Tensor:
+        """V (...) of normalised observations (..., D)."""
+        return self.critic(observations).squeeze(-1)
+
+    @classmethod
+    def load(cls, run: str | Path) -> "Agent":
+        """The agent of a run directory or a checkpoint file, on the CPU."""
+        state = load_checkpoint(run)["agent"]
+        agent = cls(len(state["observation_statistics.mean"]), state["action_low"], state["action_high"])
+        agent.load_state_dict(state)
+        return agent
+
+
+class FrozenPolicy:
+    """The policy of this moment in NumPy, which has a fraction of the overhead of PyTorch for a few rows.
+
+    The network is read off `agent.actor`; one with other layers than Linear and Tanh is left to PyTorch.
+    """
+
+    def __init__(self, agent: Agent):
+        def array(tensor: torch.Tensor) -> np.ndarray:
+            return tensor.detach().cpu().numpy().copy()
+
+        self.observation_mean = array(agent.observation_statistics.mean)
+        self.observation_scale = 1 / np.sqrt(array(agent.observation_statistics.variance) + 1e-8)
+        self.low, self.high = array(agent.action_low), array(agent.action_high)
+        bounded = np.isfinite(self.low) & np.isfinite(self.high)
+        self.action_center = np.where(bounded, (self.low + self.high) / 2, 0).astype(np.float32)
+        self.action_scale = np.where(bounded, (self.high - self.low) / 2, 1).astype(np.float32)
+        self.std = array(agent.log_std.exp())
+        self.actor, self.device = agent.actor, agent.log_std.device
+        self.use_numpy = all(isinstance(layer, nn.Linear | nn.Tanh) for layer in agent.actor)
+        if self.use_numpy:
+            self.layers = [
+                (array(layer.weight).T, array(layer.bias)) if isinstance(layer, nn.Linear) else None
+                for layer in agent.actor
+            ]
+
+    def normalize(self, observations: np.ndarray) -> np.ndarray:
+        """Observations (..., D) less their mean, over their standard deviation, clipped to [-10, 10]."""
+        x = (observations - self.observation_mean) * self.observation_scale
+        return np.minimum(np.maximum(x, -10), 10).astype(np.float32)
+
+    def mean_action(self, observations: np.ndarray) -> np.ndarray:
+        """Mean raw action (N, A) at observations (N, D) of the environment."""
+        x = self.normalize(observations)
+        if not self.use_numpy:
+            with torch.inference_mode():
+                return self.actor(torch.as_tensor(x, device=self.device)).cpu().numpy()
+        for layer in self.layers:
+            x = x @ layer[0] + layer[1] if layer else np.tanh(x)
+        return x
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """Raw actions scaled from [-1, 1] to the range of the environment, if it has one, and clipped."""
+        return np.minimum(np.maximum(actions * self.action_scale + self.action_center, self.low), self.high)
+
+
+# -------------------------------------------------------------------------------------- pure functions
+
+
+def discounted_sum(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """y of y[t] = x[t] + decay[t] y[t + 1] along the first dimension, where y = 0 past the end.
+
+    By doubling (Hillis and Steele 1986): after pass k, y[t] holds the terms t to t + 2^k - 1. That is log2(T)
+    operations on whole tensors instead of T on rows, faster on a CPU and much faster on a GPU.
+    """
+    shift = 1
+    while shift < len(x):
+        x = torch.cat((x[:-shift] + decay[:-shift] * x[shift:], x[-shift:]))
+        decay = torch.cat((decay[:-shift] * decay[shift:], decay[-shift:]))
+        shift *= 2
+    return x
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminated: torch.Tensor,
+    done: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and value targets (T, N) by GAE (Schulman et al. 2016, equations 11 to 16); all inputs (T, N).
+
+    `next_values[t]` is V of the observation after step t, the final one where the episode ended there.
+    `terminated` stops the bootstrap, `done` (terminated or truncated) the sum. Targets are advantages + values.
+    """
+    deltas = rewards + gamma * next_values * (1 - terminated.to(values.dtype)) - values
+    advantages = discounted_sum(deltas, gamma * gae_lambda * (1 - done.to(values.dtype)))
+    return advantages, advantages + values
+
+
+def scale_rewards(
+    rewards: torch.Tensor,
+    done: torch.Tensor,
+    discounted_return: torch.Tensor,
+    gamma: float,
+    statistics: RunningStatistics,
+) -> torch.Tensor:
+    """Rewards (T, N) over the standard deviation of the discounted return so far, clipped to [-10, 10].
+
+    The mean stays: without it, long episodes would be worth less or more than they are. `discounted_return`
+    (N,) is what the running episodes have gathered; it and the statistics are updated in place.
+    """
+    decay = gamma * (1 - done.to(rewards.dtype))
+    rewards_and_past = torch.cat((discounted_return[None], rewards))
+    # The sum runs forward in time here: reversed, y[t] = x[t] + decay[t - 1] y[t - 1].
+    decay = torch.cat((torch.zeros_like(decay[:1]), torch.full_like(decay[:1], gamma), decay[:-1]))
+    discounted = discounted_sum(rewards_and_past.flip(0), decay.flip(0)).flip(0)[1:]
+    discounted_return.copy_(discounted[-1] * (1 - done[-1].to(rewards.dtype)))
+    statistics.update(discounted.flatten().numpy())
+    return (rewards / (statistics.variance.cpu() + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def gaussian_log_prob(actions: torch.Tensor, means: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Log density (...) of actions (..., A), independent in each dimension."""
+    return (-0.5 * ((actions - means) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(
+    old_means: torch.Tensor, old_log_std: torch.Tensor, means: torch.Tensor, log_std: torch.Tensor
+) -> torch.Tensor:
+    """KL(old, new) (...), in nats, of normal distributions (..., A), independent in each dimension."""
+    squares = (2 * old_log_std).exp() + (old_means - means) ** 2
+    return (log_std - old_log_std + 0.5 * squares / (2 * log_std).exp() - 0.5).sum(-1)
+
+
+def surrogate_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    kl: torch.Tensor,
+    surrogate: str,
+    clip_coef: float,
+    kl_coef: float | torch.Tensor,
+) -> torch.Tensor:
+    """Policy loss, a scalar; Schulman et al. 2017, equation 7 (clip), 8 (kl-fixed, kl-adaptive) or 6 (none).
+
+    All tensors (B,); `kl` is KL(old, new) at each observation.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    if surrogate == "clip":
+        return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    penalty = 0 if surrogate == "none" else kl_coef * kl
+    return -(ratio * advantages - penalty).mean()
+
+
+# ----------------------------------------------------------------------------------------- optimisation
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015, algorithm 1).
+
+    The step of torch.optim breaks a compiled graph, which nearly halves the speed of the update; this one is
+    traced into one graph with the loss and its gradient.
+    """
+
+    beta1, beta2, eps = 0.9, 0.999, 1e-5
+
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
+        self.parameters = list(parameters)
+        # Tensors, since each new number would compile the update anew.
+        self.learning_rate = torch.tensor(learning_rate, device=self.parameters[0].device)
+        self.steps = torch.zeros_like(self.learning_rate)
+        self.first_moments = [torch.zeros_like(p) for p in self.parameters]
+        self.second_moments = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: list[torch.Tensor]) -> None:
+        """Moves the parameters by one step, given their gradients."""
+        self.steps += 1
+        step_size = self.learning_rate / (1 - self.beta1**self.steps)
+        correction = 1 - self.beta2**self.steps
+        for p, gradient, first, second in zip(
+            self.parameters, gradients, self.first_moments, self.second_moments
+        ):
+            first.lerp_(gradient, 1 - self.beta1)
+            second.lerp_(gradient.square(), 1 - self.beta2)
+            p -= step_size * first / ((second / correction).sqrt() + self.eps)
+
+    def state(self) -> list[torch.Tensor]:
+        """The tensors of the state, to be saved and to be copied to."""
+        return [self.learning_rate, self.steps, *self.first_moments, *self.second_moments]
+
+
+METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+
+
+def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torch.Tensor]:
+    """The function that takes one step on one minibatch and returns METRICS as a tensor."""
+
+    def update(
+        indices: torch.Tensor,  # (M,) rows of the minibatch in the tensors that follow
+        observations: torch.Tensor,  # (B, D) normalised
+        actions: torch.Tensor,  # (B, A) raw
+        old_means: torch.Tensor,  # (B, A)
+        old_log_std: torch.Tensor,  # (A,)
+        old_log_probs: torch.Tensor,  # (B,)
+        advantages: torch.Tensor,  # (B,)
+        returns: torch.Tensor,  # (B,)
+        kl_coef: torch.Tensor,  # ()
+    ) -> torch.Tensor:
+        observations, old_log_probs = observations[indices], old_log_probs[indices]
+        advantages = advantages[indices]
+        if args.norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        means = agent.actor(observations)
+        log_probs = gaussian_log_prob(actions[indices], means, agent.log_std)
+        kl = gaussian_kl(old_means[indices], old_log_std, means, agent.log_std)
+        policy_loss = surrogate_loss(
+            log_probs, old_log_probs, advantages, kl, args.surrogate, args.clip_coef, kl_coef
+        )
+        value_loss = 0.5 * (agent.value(observations) - returns[indices]).square().mean()
+        entropy = (agent.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
+        gradients = torch.autograd.grad(loss, optimizer.parameters)
+        with torch.no_grad():
+            grad_norm = nn.utils.get_total_norm(gradients)
+            scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+            optimizer.step([scale * gradient for gradient in gradients])
+            log_ratio = log_probs - old_log_probs
+            # k3 of Schulman (2020), "Approximating KL divergence": estimates KL(old, new), is never negative
+            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
+            clip_fraction = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
+            return torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm))
+
+    if not args.compile:
+        return update
+    # Without this, tracing stops at the gradient, and the update is no longer one graph.
+    torch._dynamo.config.trace_autograd_ops = True
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=optimizer.steps.device))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:150]
+        print(f"torch.compile does not work here, the update runs eagerly, about 4 times slower: {reason}")
+        return update
+    return torch.compile(update, dynamic=False)
+
+
+# ----------------------------------------------------------------------------- rollout and evaluation
+
+
+def collect_rollout(
+    envs: gym.vector.SyncVectorEnv,
+    observations: np.ndarray,
+    policy: FrozenPolicy,
+    num_steps: int,
+    running: np.ndarray,
+    finished: deque,
+) -> tuple[np.ndarray, ...]:
+    """Plays T = num_steps steps in N environments, from observations (N, D).
+
+    `running` (2, N) are the returns and lengths of the running episodes, `finished` those of the last that
+    ended; both are updated in place. Returns observations and next_observations (T, N, D) as the environments
+    give them, raw actions (T, N, A), rewards, terminated and done (T, N), and the observations to go on from.
+    """
+    action_shape = envs.single_action_space.shape
+    noise = policy.std * torch.randn(num_steps, envs.num_envs, math.prod(action_shape)).numpy()
+    steps = []
+    for t in range(num_steps):
+        actions = policy.mean_action(observations) + noise[t]
+        env_actions = policy.to_environment(actions).reshape(-1, *action_shape)
+        reset_observations, rewards, terminated, truncated, infos = envs.step(env_actions)
+        next_observations, done = reset_observations, terminated | truncated
+        running += (rewards, np.ones_like(rewards))
+        if done.any():
+            next_observations = reset_observations.copy()
+            next_observations[done] = np.stack(infos["final_obs"][done])
+            finished.extend(running[:, done].T.tolist())
+            running[:, done] = 0
+        steps.append((observations, next_observations, actions, rewards, terminated, done))
+        observations = reset_observations
+    return *(np.stack(arrays) for arrays in zip(*steps)), observations
+
+
+def evaluate(
+    agent: Agent, env_id: str, episodes: int, seed: int, videos: Path | None = None, video_name: str = "video"
+) -> np.ndarray:
+    """Returns (episodes,) of the deterministic policy, statistics frozen; episode i starts from seed + i.
+
+    Draws from no generator of the training. With `videos`, a folder, the first episode is recorded.
+    """
+    env = make_env(env_id, render_mode="rgb_array" if videos else None)
+    if videos:
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda episode: episode == 0, name_prefix=video_name)
+    policy = FrozenPolicy(agent)
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + episode)
+        done = False
+        while not done:
+            action = policy.to_environment(policy.mean_action(observation[None]))
+            observation, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
+            returns[episode] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes to a temporary file and renames it, so that a crash leaves the checkpoint before it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save({"script": Path(__file__).stem, **state}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"Cannot write {path}, the one before it is untouched; is the disk full? ({error})")
+
+
+def load_checkpoint(run: str | Path) -> dict:
+    """The checkpoint of a run directory, or a checkpoint file; code that hides in it is not run."""
+    path, script = Path(run), Path(__file__).stem
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise SystemExit(f"There is no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise SystemExit(f"{path} is damaged, or no checkpoint: {reason}")
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise SystemExit(f"{path} is not a checkpoint of {script}.py")
+    return state
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, run: Path) -> None:
+    """PPO (Schulman et al. 2017, algorithm 1); goes on from the checkpoint in `run` if there is one."""
+    device = torch.device("cpu" if args.device == "auto" else args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
+    latest, _ = envs.reset(seed=args.seed)  # (N, D) observations to go on from
+    stagger_time_limits(envs)
+    space = envs.single_action_space
+    agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
+    optimizer = Adam(agent.parameters(), args.learning_rate)
+    update = make_update(agent, optimizer, args)
+    kl_coef = torch.tensor(args.kl_coef, device=device)
+    discounted_return = torch.zeros(args.num_envs)
+    running, finished = np.zeros((2, args.num_envs)), deque(maxlen=100)  # returns and lengths of episodes
+    iteration, best_return, elapsed = 0, -math.inf, 0.0
+
+    if (run / "checkpoint.pt").exists():
+        state = load_checkpoint(run)
+        agent.load_state_dict(state["agent"])
+        for tensor, saved in zip(optimizer.state(), state["optimizer"], strict=True):
+            tensor.copy_(saved)
+        kl_coef.fill_(state["kl_coef"])
+        iteration, best_return, elapsed = state["iteration"], state["best_return"], state["elapsed"]
+        finished.extend(state["finished"])
+        torch.set_rng_state(state["generator"])
+        if None in state["envs"]:
+            latest, _ = envs.reset(seed=args.seed + iteration)
+            print(f"The state of {args.env_id} cannot be saved, so its episodes start anew")
+        else:
+            for env, env_state in zip(envs.envs, state["envs"], strict=True):
+                set_env_state(env, env_state)
+            latest, running = state["latest"].numpy(), state["running"].numpy()
+            discounted_return.copy_(state["discounted_return"])
+        print(f"Resumed at step {iteration * args.batch_size:,}", flush=True)
+
+    def save(name: str) -> None:
+        state = {
+            "args": dataclasses.asdict(args),
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state(),
+            "kl_coef": kl_coef.item(),
+            "iteration": iteration,
+            "best_return": best_return,
+            "elapsed": elapsed,
+            "finished": list(finished),
+            "generator": torch.get_rng_state(),  # training draws from this one; each environment has its own
+            "envs": [get_env_state(env) for env in envs.envs],
+            "latest": torch.from_numpy(latest),
+            "running": torch.from_numpy(running),
+            "discounted_return": discounted_return,
+        }
+        save_checkpoint(run / name, state)
+
+    from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
+
+    if args.track:
+        import wandb
+
+        names = {
+            "project": args.wandb_project_name,
+            "entity": args.wandb_entity,
+            "id": run.name,
+            "dir": str(run),
+        }
+        wandb.init(**names, config=dataclasses.asdict(args), sync_tensorboard=True, resume="allow")
+    # What was logged past the checkpoint is hidden; it will be logged again.
+    writer = SummaryWriter(str(run), purge_step=iteration * args.batch_size + 1 if iteration else None)
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    def log_evaluation(step: int) -> float:
+        videos = run / "videos" if args.capture_video else None
+        seed = args.seed + EVALUATION_SEED
+        returns = evaluate(agent, args.env_id, args.eval_episodes, seed, videos, f"step-{step}")
+        log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()}, step)
+        if args.track and videos:
+            wandb.log({"video": wandb.Video(str(videos / f"step-{step}-episode-0.mp4")), "global_step": step})
+        tqdm.write(f"step {step:>9,}: evaluation {returns.mean():.1f} ± {returns.std():.1f}")
+        return returns.mean().item()
+
+    num_iterations = math.ceil(args.total_timesteps / args.batch_size)
+    if iteration == 0 and args.eval_interval:
+        log_evaluation(0)
+    first = iteration * args.batch_size
+    progress = tqdm(total=num_iterations * args.batch_size, initial=first, unit=" steps", disable=None)
+    last_line = -math.inf
+
+    while iteration < num_iterations:
+        start = time.perf_counter()
+        if args.anneal_lr:
+            optimizer.learning_rate.fill_(args.learning_rate * (1 - iteration / num_iterations))
+        iteration += 1
+        step = iteration * args.batch_size
+
+        # 1. Play.
+        policy = FrozenPolicy(agent)
+        *rollout, latest = collect_rollout(envs, latest, policy, args.num_steps, running, finished)
+        raw_observations, raw_next_observations, actions, rewards, terminated, done = rollout
+        seen = raw_observations.reshape(args.batch_size, -1)
+        if iteration == 1:
+            # There was nothing to normalise with, and a policy that starts near zero hardly looks at it.
+            agent.observation_statistics.update(seen)
+            policy = FrozenPolicy(agent)
+
+        # 2. Turn what was seen into what the networks take.
+        observations = torch.from_numpy(policy.normalize(raw_observations)).to(device)
+        next_observations = torch.from_numpy(policy.normalize(raw_next_observations)).to(device)
+        actions = torch.from_numpy(actions).to(device).flatten(0, 1)
+        rewards, done = torch.from_numpy(rewards).float(), torch.from_numpy(done)
+        rewards = scale_rewards(rewards, done, discounted_return, args.gamma, agent.return_statistics).to(
+            device
+        )
+        terminated, done = torch.from_numpy(terminated).to(device), done.to(device)
+        flat_observations = observations.flatten(0, 1)
+        with torch.no_grad():
+            old_means, old_log_std = agent.actor(flat_observations), agent.log_std.clone()
+            old_log_probs = gaussian_log_prob(actions, old_means, old_log_std)
+
+        # 3. Learn.
+        totals, epochs = torch.zeros(len(METRICS), device=device), 0
+        while epochs < args.update_epochs:
+            if epochs == 0 or args.recompute_advantages:
+                with torch.no_grad():
+                    values, next_values = agent.value(observations), agent.value(next_observations)
+                advantages, returns = compute_gae(
+                    rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda
+                )
+                targets = advantages.flatten(), returns.flatten()
+            if epochs == 0:
+                explained_variance = (1 - (returns - values).var() / returns.var()).item()
+            epoch_totals = torch.zeros_like(totals)
+            for indices in torch.randperm(args.batch_size).view(args.num_minibatches, -1).to(device):
+                epoch_totals += update(
+                    indices,
+                    flat_observations,
+                    actions,
+                    old_means,
+                    old_log_std,
+                    old_log_probs,
+                    *targets,
+                    kl_coef,
+                )
+            totals += epoch_totals
+            epochs += 1
+            epoch_kl = epoch_totals[METRICS.index("approx_kl")] / args.num_minibatches
+            if args.target_kl and epoch_kl > 1.5 * args.target_kl:
+                break
+        with torch.no_grad():
+            kl = (
+                gaussian_kl(old_means, old_log_std, agent.actor(flat_observations), agent.log_std)
+                .mean()
+                .item()
+            )
+        if args.surrogate == "kl-adaptive":  # Schulman et al. 2017, section 4
+            kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 2 if kl > args.kl_target * 1.5 else 1
+        if iteration > 1:
+            agent.observation_statistics.update(seen)
+
+        # 4. Log, evaluate, save.
+        losses = dict(zip(METRICS, (totals / (epochs * args.num_minibatches)).tolist())) | {"kl": kl}
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise SystemExit(
+                    f"{name} is {value} at step {step:,}; the last good checkpoint is kept in {run}. Rewards or "
+                    "observations that are not finite, or a learning rate that is too high, are the usual causes"
+                )
+        seconds = time.perf_counter() - start
+        elapsed += seconds
+        log({f"losses/{name}": value for name, value in losses.items()}, step)
+        log({"losses/explained_variance": explained_variance, "losses/epochs": epochs}, step)
+        log({"charts/learning_rate": optimizer.learning_rate, "charts/kl_coef": kl_coef}, step)
+        log({"charts/action_std": policy.std.mean(), "charts/SPS": args.batch_size / seconds}, step)
+        log({"time/elapsed": elapsed}, step)
+        training_return = math.nan
+        if finished:
+            training_return, length = np.mean(finished, axis=0)
+            log({"charts/episodic_return": training_return, "charts/episodic_length": length}, step)
+        last = iteration == num_iterations
+        if args.eval_interval and (last or step % args.eval_interval < args.batch_size):
+            evaluation = log_evaluation(step)
+            if evaluation > best_return:
+                best_return = evaluation
+                save("best.pt")
+        if last or step % args.checkpoint_interval < args.batch_size:
+            writer.flush()
+            save("checkpoint.pt")
+        progress.set_postfix_str(f"return {training_return:.1f}", refresh=False)
+        progress.update(args.batch_size)
+        if progress.disable and (last or time.perf_counter() - last_line > 10):
+            last_line = time.perf_counter()
+            speed = f"{args.batch_size / seconds:,.0f} steps/s"
+            print(f"step {step:>9,}: return {training_return:.1f}, {speed}", flush=True)
+
+    progress.close()
+    writer.close()
+    envs.close()
+    if args.track:
+        wandb.finish()
+
+
+EVALUATION_SEED = 1_000_000  # added to the seed: no start of the training is one of an evaluation
+
+
+def main(args: Args) -> Path:
+    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    # For networks of this size a second thread costs more than it gives, in PyTorch as in NumPy.
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
+    # MuJoCo would print a warning for each environment and write it to a file; Python shows it once.
+    mujoco.set_mju_user_warning(warnings.warn)
+    warnings.filterwarnings("ignore", ".*settotalmass")  # in Gymnasium's model of HalfCheetah
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(args.device, True):
+        raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
+
+    if args.evaluate:
+        run = Path(args.evaluate)
+        agent, env_id = Agent.load(run), load_checkpoint(run)["args"]["env_id"]
+        videos = (run if run.is_dir() else run.parent) / "videos" if args.capture_video else None
+        returns = evaluate(
+            agent, env_id, args.eval_episodes, args.seed + EVALUATION_SEED, videos, "evaluation"
+        )
+        print(f"{env_id}: {returns.mean():.1f} ± {returns.std():.1f} over {args.eval_episodes} episodes")
+        return run
+    if args.resume:
+        run = Path(args.resume)
+    else:
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
+        run = Path(args.runs) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run.mkdir(parents=True)
+    (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    print(f"Run directory: {run}", flush=True)
+    try:
+        train(args, run)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {run}")
+    return run
+
+
+if __name__ == "__main__":
+    main(parse_args())
