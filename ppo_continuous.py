@@ -185,6 +185,13 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise SystemExit(f"{env_id} has {env.observation_space} observations, which cannot be flattened")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
+    if render_mode:
+        try:
+            env.reset()
+            env.render()
+        except Exception as error:
+            hint = "without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa for MuJoCo"
+            raise SystemExit(f"Cannot record {env_id}, {hint} ({error})")
     return env
 
 
@@ -196,19 +203,22 @@ def wrapper_layers(env: gym.Env) -> list[gym.Env]:
     return layers
 
 
-def stagger_time_limits(envs: gym.vector.SyncVectorEnv) -> None:
+def stagger_time_limits(envs: list[gym.Env]) -> None:
     """Lets environment i of N begin i/N into its time limit, so that the time limits do not fall together.
 
     In step, every batch would show one stretch of the episode only.
     """
-    for i, env in enumerate(envs.envs):
+    for i, env in enumerate(envs):
         for layer in wrapper_layers(env):
             if isinstance(layer, gym.wrappers.TimeLimit):
-                layer._elapsed_steps = i * layer._max_episode_steps // envs.num_envs
+                layer._elapsed_steps = i * layer._max_episode_steps // len(envs)
 
 
-PLAIN = (bool, int, float, str, type(None), np.ndarray)
-CONSTANT = (gym.Space, gym.envs.registration.EnvSpec, np.random.Generator)
+def is_plain(x) -> bool:
+    """Whether a checkpoint can hold x: a Python or NumPy number, an array of numbers, a string or None."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind in "biuf"
+    return isinstance(x, bool | int | float | str | None)
 
 
 def get_env_state(env: gym.Env) -> dict | None:
@@ -218,14 +228,17 @@ def get_env_state(env: gym.Env) -> dict | None:
     Gymnasium's classic control), and the simulation of a MuJoCo task.
     """
     core = env.unwrapped
+    constant = gym.Space | gym.envs.registration.EnvSpec | np.random.Generator
     if not isinstance(core, MujocoEnv) and not all(
-        isinstance(x, PLAIN + CONSTANT) for x in vars(core).values()
+        is_plain(x) or isinstance(x, constant) for x in vars(core).values()
     ):
         return None
     state = {"generator": core.np_random.bit_generator.state, "layers": []}
     for layer in wrapper_layers(env):
-        plain = {name: x for name, x in vars(layer).items() if isinstance(x, PLAIN)}
-        arrays = {name: torch.tensor(x) for name, x in plain.items() if isinstance(x, np.ndarray)}
+        plain = {name: x for name, x in vars(layer).items() if is_plain(x)}
+        arrays = {
+            name: torch.tensor(x) for name, x in plain.items() if isinstance(x, np.ndarray | np.generic)
+        }
         state["layers"].append(plain | arrays)
     if isinstance(core, MujocoEnv):
         simulation = np.empty(mujoco.mj_stateSize(core.model, mujoco.mjtState.mjSTATE_INTEGRATION))
@@ -241,7 +254,7 @@ def set_env_state(env: gym.Env, state: dict) -> None:
     core.np_random.bit_generator.state = state["generator"]
     for layer, attributes in zip(wrapper_layers(env), state["layers"], strict=True):
         for name, x in attributes.items():
-            setattr(layer, name, x.numpy() if isinstance(x, torch.Tensor) else x)
+            setattr(layer, name, x.numpy()[()] if isinstance(x, torch.Tensor) else x)  # [()]: 0-d to scalar
     if isinstance(core, MujocoEnv):
         simulation, xpos, xipos = (x.numpy() for x in state["mujoco"])
         mujoco.mj_setState(core.model, core.data, simulation, mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -264,10 +277,11 @@ class RunningStatistics(nn.Module):
         """Takes in rows (B, *shape)."""
         total = self.count.item() + len(rows)
         weight = len(rows) / total
-        delta = rows.mean(0, dtype=np.float64) - self.mean.cpu().numpy()
-        within = (1 - weight) * self.variance.cpu().numpy() + weight * rows.var(0, dtype=np.float64)
-        self.mean += torch.as_tensor(weight * delta, dtype=torch.float32)
-        self.variance.copy_(torch.as_tensor(within + weight * (1 - weight) * delta**2))
+        mean, variance = self.mean.cpu().numpy(), self.variance.cpu().numpy()
+        delta = rows.mean(0, dtype=np.float64) - mean
+        within = (1 - weight) * variance + weight * rows.var(0, dtype=np.float64)
+        self.mean.copy_(torch.as_tensor(mean + weight * delta).float())
+        self.variance.copy_(torch.as_tensor(within + weight * (1 - weight) * delta**2).float())
         self.count.fill_(total)
 
 
@@ -384,10 +398,10 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and value targets (T, N) by GAE (Schulman et al. 2016, equations 11 to 16); all inputs (T, N).
+    """Advantages and value targets (T, N) by GAE (Schulman et al. 2016, equation 16); all inputs (T, N).
 
     `next_values[t]` is V of the observation after step t, the final one where the episode ended there.
-    `terminated` stops the bootstrap, `done` (terminated or truncated) the sum. Targets are advantages + values.
+    `terminated` stops the bootstrap, `done` (terminated or truncated) the sum. Targets: advantages + values.
     """
     deltas = rewards + gamma * next_values * (1 - terminated.to(values.dtype)) - values
     advantages = discounted_sum(deltas, gamma * gae_lambda * (1 - done.to(values.dtype)))
@@ -546,36 +560,40 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
 
 
 def collect_rollout(
-    envs: gym.vector.SyncVectorEnv,
-    observations: np.ndarray,
+    envs: list[gym.Env],
+    latest: np.ndarray,
     policy: FrozenPolicy,
     num_steps: int,
     running: np.ndarray,
     finished: deque,
 ) -> tuple[np.ndarray, ...]:
-    """Plays T = num_steps steps in N environments, from observations (N, D).
+    """Plays T = num_steps steps in each of N environments; one is reset in the step that ends its episode.
 
-    `running` (2, N) are the returns and lengths of the running episodes, `finished` those of the last that
-    ended; both are updated in place. Returns observations and next_observations (T, N, D) as the environments
-    give them, raw actions (T, N, A), rewards, terminated and done (T, N), and the observations to go on from.
+    Returns observations and next_observations (T, N, D) as the environments give them, raw actions (T, N, A),
+    rewards, terminated and done (T, N). Updated in place are the `latest` observations (N, D), `running`, the
+    returns and lengths (2, N) of the running episodes, and `finished`, those of the last that ended.
     """
-    action_shape = envs.single_action_space.shape
-    noise = policy.std * torch.randn(num_steps, envs.num_envs, math.prod(action_shape)).numpy()
-    steps = []
+    action_shape = envs[0].action_space.shape
+    noise = policy.std * torch.randn(num_steps, len(envs), math.prod(action_shape)).numpy()
+    actions = np.empty_like(noise)
+    observations = np.empty((num_steps, *latest.shape), latest.dtype)
+    next_observations = np.empty_like(observations)
+    rewards = np.empty((num_steps, len(envs)), np.float32)
+    terminated, truncated = np.empty_like(rewards, bool), np.empty_like(rewards, bool)
     for t in range(num_steps):
-        actions = policy.mean_action(observations) + noise[t]
-        env_actions = policy.to_environment(actions).reshape(-1, *action_shape)
-        reset_observations, rewards, terminated, truncated, infos = envs.step(env_actions)
-        next_observations, done = reset_observations, terminated | truncated
-        running += (rewards, np.ones_like(rewards))
-        if done.any():
-            next_observations = reset_observations.copy()
-            next_observations[done] = np.stack(infos["final_obs"][done])
-            finished.extend(running[:, done].T.tolist())
-            running[:, done] = 0
-        steps.append((observations, next_observations, actions, rewards, terminated, done))
-        observations = reset_observations
-    return *(np.stack(arrays) for arrays in zip(*steps)), observations
+        observations[t] = latest
+        actions[t] = policy.mean_action(latest) + noise[t]
+        env_actions = policy.to_environment(actions[t]).reshape(-1, *action_shape)
+        for i, env in enumerate(envs):
+            latest[i], rewards[t, i], terminated[t, i], truncated[t, i], _ = env.step(env_actions[i])
+        next_observations[t] = latest
+        running[0] += rewards[t]
+        running[1] += 1
+        for i in np.flatnonzero(terminated[t] | truncated[t]):
+            finished.append(running[:, i].tolist())
+            running[:, i] = 0
+            latest[i], _ = envs[i].reset()
+    return observations, next_observations, actions, rewards, terminated, terminated | truncated
 
 
 def evaluate(
@@ -641,12 +659,10 @@ def train(args: Args, run: Path) -> None:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-    latest, _ = envs.reset(seed=args.seed)  # (N, D) observations to go on from
+    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+    latest = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)])  # (N, D) observations
     stagger_time_limits(envs)
-    space = envs.single_action_space
+    space = envs[0].action_space
     agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
     optimizer = Adam(agent.parameters(), args.learning_rate)
     update = make_update(agent, optimizer, args)
@@ -665,10 +681,9 @@ def train(args: Args, run: Path) -> None:
         finished.extend(state["finished"])
         torch.set_rng_state(state["generator"])
         if None in state["envs"]:
-            latest, _ = envs.reset(seed=args.seed + iteration)
             print(f"The state of {args.env_id} cannot be saved, so its episodes start anew")
         else:
-            for env, env_state in zip(envs.envs, state["envs"], strict=True):
+            for env, env_state in zip(envs, state["envs"], strict=True):
                 set_env_state(env, env_state)
             latest, running = state["latest"].numpy(), state["running"].numpy()
             discounted_return.copy_(state["discounted_return"])
@@ -685,7 +700,7 @@ def train(args: Args, run: Path) -> None:
             "elapsed": elapsed,
             "finished": list(finished),
             "generator": torch.get_rng_state(),  # training draws from this one; each environment has its own
-            "envs": [get_env_state(env) for env in envs.envs],
+            "envs": [get_env_state(env) for env in envs],
             "latest": torch.from_numpy(latest),
             "running": torch.from_numpy(running),
             "discounted_return": discounted_return,
@@ -737,8 +752,9 @@ def train(args: Args, run: Path) -> None:
 
         # 1. Play.
         policy = FrozenPolicy(agent)
-        *rollout, latest = collect_rollout(envs, latest, policy, args.num_steps, running, finished)
-        raw_observations, raw_next_observations, actions, rewards, terminated, done = rollout
+        raw_observations, raw_next_observations, actions, rewards, terminated, done = collect_rollout(
+            envs, latest, policy, args.num_steps, running, finished
+        )
         seen = raw_observations.reshape(args.batch_size, -1)
         if iteration == 1:
             # There was nothing to normalise with, and a policy that starts near zero hardly looks at it.
@@ -749,7 +765,7 @@ def train(args: Args, run: Path) -> None:
         observations = torch.from_numpy(policy.normalize(raw_observations)).to(device)
         next_observations = torch.from_numpy(policy.normalize(raw_next_observations)).to(device)
         actions = torch.from_numpy(actions).to(device).flatten(0, 1)
-        rewards, done = torch.from_numpy(rewards).float(), torch.from_numpy(done)
+        rewards, done = torch.from_numpy(rewards), torch.from_numpy(done)
         rewards = scale_rewards(rewards, done, discounted_return, args.gamma, agent.return_statistics).to(
             device
         )
@@ -803,10 +819,8 @@ def train(args: Args, run: Path) -> None:
         losses = dict(zip(METRICS, (totals / (epochs * args.num_minibatches)).tolist())) | {"kl": kl}
         for name, value in losses.items():
             if not math.isfinite(value):
-                raise SystemExit(
-                    f"{name} is {value} at step {step:,}; the last good checkpoint is kept in {run}. Rewards or "
-                    "observations that are not finite, or a learning rate that is too high, are the usual causes"
-                )
+                causes = "rewards or observations that are not finite, or too high a learning rate"
+                raise SystemExit(f"{name} is {value} at step {step:,}; look for {causes}. Kept: {run}")
         seconds = time.perf_counter() - start
         elapsed += seconds
         log({f"losses/{name}": value for name, value in losses.items()}, step)
@@ -836,7 +850,8 @@ def train(args: Args, run: Path) -> None:
 
     progress.close()
     writer.close()
-    envs.close()
+    for env in envs:
+        env.close()
     if args.track:
         wandb.finish()
 
@@ -870,8 +885,12 @@ def main(args: Args) -> Path:
     else:
         name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
         run = Path(args.runs) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run.mkdir(parents=True)
-    (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    try:
+        run.mkdir(parents=True, exist_ok=args.resume is not None)
+        (run / "args.tmp").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        os.replace(run / "args.tmp", run / "args.json")
+    except OSError as error:
+        raise SystemExit(f"Cannot write the run directory {run}: {error}")
     print(f"Run directory: {run}", flush=True)
     try:
         train(args, run)

@@ -1,0 +1,119 @@
+"""Command line of the benchmark.
+
+python -m benchmark run --suite mujoco --seeds 5 --jobs 2    # runs what is missing
+python -m benchmark report --suite mujoco                    # tables and figures from the results
+python -m benchmark curve runs/Hopper-v5__...                # learning curve of one run
+python -m benchmark speed                                    # steps per second beside the peers
+"""
+
+import signal
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmark.manifest import REPOSITORY
+from benchmark.suites import EVALUATION, TRAINING, find_suite
+
+RESULTS = REPOSITORY / "benchmark" / "results"
+FIGURES = REPOSITORY / "benchmark" / "figures"
+RUNS = REPOSITORY / "runs" / "benchmark"
+
+
+def run(
+    suite: str,
+    seeds: int = 5,
+    jobs: int = 1,
+    only: tuple[str, ...] = (),
+    total_timesteps: int | None = None,
+    results: Path = RESULTS,
+    runs: Path = RUNS,
+) -> None:
+    """Run what is missing of a suite; interrupted runs are resumed, results that are there are left alone.
+
+    Args:
+        suite: name of the suite
+        seeds: runs per task, with seeds 1 to this
+        jobs: runs at a time, each with one thread on one core
+        only: environments to run; all of the suite if not given
+        total_timesteps: another length of the runs, for a trial; the results are kept apart
+        results: folder of the results
+        runs: folder of the run directories and logs
+    """
+    from benchmark.runs import last_lines, list_jobs, run_jobs
+
+    if seeds < 1 or jobs < 1:
+        raise SystemExit("--seeds and --jobs must be at least 1")
+    suite, tasks = find_suite(suite, total_timesteps)
+    unknown = set(only) - {task.environment for task in tasks}
+    if unknown:
+        raise SystemExit(f"Suite {suite} has no {', '.join(sorted(unknown))}")
+    tasks = [task for task in tasks if not only or task.environment in only]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being terminated ends the runs as Ctrl-C does
+    failures = run_jobs(list_jobs(suite, tasks, seeds, results.resolve(), runs.resolve()), jobs)
+    for job, problem in failures:
+        print(f"\n{job}: {problem}; the end of {job.log}:\n{last_lines(job.log)}")
+    if failures:
+        raise SystemExit(f"\n{len(failures)} runs failed; the same command tries them again")
+
+
+def report(
+    suite: str, total_timesteps: int | None = None, results: Path = RESULTS, figures: Path = FIGURES
+) -> None:
+    """Write the table and the figures of a suite from its results.
+
+    Args:
+        suite: name of the suite
+        total_timesteps: the length that `run` was given, if any
+        results: folder of the results; the table is its {suite}/README.md
+        figures: folder of the figures
+    """
+    from benchmark.report import write_report
+
+    print(write_report(*find_suite(suite, total_timesteps), results, figures))
+
+
+def curve(
+    run: tyro.conf.Positional[Path],
+    out: Path | None = None,
+    training_tag: str = TRAINING,
+    evaluation_tag: str = EVALUATION,
+) -> None:
+    """Draw the learning curve of one run.
+
+    Args:
+        run: run directory
+        out: where the PNG goes; curve.png in the run directory if not given
+        training_tag: logged name of the training curve
+        evaluation_tag: logged name of the evaluations
+    """
+    from benchmark.figures import draw_run
+
+    print(draw_run(run, out or run / "curve.png", training_tag, evaluation_tag))
+
+
+def speed(
+    peers: tuple[Literal["sb3", "raw"], ...] = ("sb3", "raw"),
+    rounds: int = 3,
+    iterations: int = 20,
+    only: str = "",
+    results: Path = RESULTS,
+) -> None:
+    """Measure steps per second beside the peers, alternating, each on one core.
+
+    Args:
+        peers: sb3 is Stable-Baselines3, raw the environment alone with random actions
+        rounds: runs of each
+        iterations: iterations per run; the first 3 are not measured
+        only: compare only where this is part of the comparison's name
+        results: folder of speed.json and speed.md
+    """
+    from benchmark.speed import measure
+
+    print(measure(peers, rounds, iterations, only, results))
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict(
+        {"run": run, "report": report, "curve": curve, "speed": speed}, prog="python -m benchmark"
+    )

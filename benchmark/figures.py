@@ -1,0 +1,146 @@
+"""Learning curves as PNG."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from benchmark.events import logged, make_curve, read_scalars
+from benchmark.results import Summary, bootstrap_interval
+from benchmark.suites import ELAPSED
+
+COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # told apart by the colour-blind, too
+EVALUATION_COLOR = COLORS[1]
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    with Image.open(path) as image:  # a palette makes it a third of the size
+        palette = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
+
+
+def mean_curve(summary: Summary, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) that all seeds share, and the values (S, K) there, by interpolation."""
+    seeds = [xy for curve in summary.curves if len((xy := logged(curve, tag))[0])]
+    if not seeds:
+        return np.empty(0), np.empty((0, 0))
+    start, end = max(steps[0] for steps, _ in seeds), min(steps[-1] for steps, _ in seeds)
+    grid = np.unique(np.concatenate([steps for steps, _ in seeds]))
+    grid = grid[(grid >= start) & (grid <= end)]
+    return grid, np.array([np.interp(grid, steps, values) for steps, values in seeds])
+
+
+def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluation: bool) -> None:
+    """One variant: seeds thin, their mean thick, with the 95% bootstrap interval of the mean."""
+    elapsed_steps, elapsed = mean_curve(summary, ELAPSED)
+    if axis == "time" and not elapsed.size:
+        return
+
+    def draw(
+        steps: np.ndarray, values: np.ndarray, color: str, label: str, marker: str | None = None
+    ) -> None:
+        """Values (S, K) at steps (K,)."""
+        if axis == "steps":
+            x = steps / 1e6
+        else:  # the mean time of the seeds, so that the curves have the shape that they have against steps
+            x = np.interp(steps, np.append(0, elapsed_steps), np.append(0, elapsed.mean(0) / 60))
+        axes.plot(x, values.T, color=color, linewidth=0.5, alpha=0.4)
+        axes.plot(x, values.mean(0), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
+        low, high = bootstrap_interval([values], np.mean)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+    steps, values = mean_curve(summary, summary.task.training_tag)
+    if values.size:
+        draw(steps, values, color, "training, last 100 episodes" if with_evaluation else summary.task.label)
+    if with_evaluation and summary.evaluations.size:
+        draw(summary.evaluation_steps, summary.evaluations, EVALUATION_COLOR, "evaluation", marker="o")
+
+
+def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
+    """One panel per environment, against `axis` "steps" or "time"; dotted lines are published figures.
+
+    With one variant there are its training and its evaluation; with several the training of each.
+    """
+    environments = list(dict.fromkeys(summary.task.environment for summary in summaries))
+    labels = list(dict.fromkeys(summary.task.label for summary in summaries))
+    columns = min(3, len(environments))
+    rows = -(-len(environments) // columns)
+    with rc_context(STYLE):
+        size = (4 * columns + 0.5, 2.8 * rows + 0.7)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(environments) :]:
+            axes.set_visible(False)
+        for axes, environment in zip(grid.flat, environments, strict=False):
+            axes.set_title(environment, fontsize=10)
+            axes.set_xlabel("million steps" if axis == "steps" else "minutes")
+            here = [summary for summary in summaries if summary.task.environment == environment]
+            for summary in here:
+                color = COLORS[labels.index(summary.task.label) % len(COLORS)]
+                draw_task(axes, summary, axis, color, with_evaluation=len(labels) == 1)
+            for reference in dict.fromkeys(
+                reference for summary in here for reference in summary.task.references
+            ):
+                above = (
+                    reference.metric == "evaluation"
+                )  # and below for training, so that they do not collide
+                color = EVALUATION_COLOR if above else COLORS[0]
+                axes.axhline(reference.value, color=color, linestyle=":", linewidth=1.2)
+                axes.annotate(
+                    f"{reference.source}: {reference.value:g}",
+                    (0.01, reference.value),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(0, 2 if above else -2),
+                    textcoords="offset points",
+                    verticalalignment="bottom" if above else "top",
+                    fontsize=7,
+                    color=color,
+                )
+        handles, names = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=max(1, len(names)), frameon=False)
+        save(figure, path)
+
+
+def draw_run(run: Path, path: Path, training_tag: str, evaluation_tag: str) -> str:
+    """Draws training and evaluation of one run against steps; returns first and last evaluation in words."""
+    scalars = read_scalars(run)
+    curve = make_curve(scalars, (training_tag, evaluation_tag), keep=evaluation_tag, rows=1000)
+    evaluations = logged(curve, evaluation_tag)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*logged(curve, training_tag), color=COLORS[0], label=f"training ({training_tag})")
+        axes.plot(
+            *evaluations,
+            color=EVALUATION_COLOR,
+            marker="o",
+            markersize=4,
+            label=f"evaluation ({evaluation_tag})",
+        )
+        axes.set(title=run.resolve().name, xlabel="steps")
+        axes.legend(frameon=False)
+        save(figure, path)
+    drawn = f"Learning curve: {path}"
+    if not len(evaluations[0]):
+        return f"No evaluation was logged. {drawn}"
+    first, last = (f"{evaluations[1][i]:.5g} at step {evaluations[0][i]:.0f}" for i in (0, -1))
+    return f"First evaluation {first}, last evaluation {last}. {drawn}"

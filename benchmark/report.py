@@ -1,0 +1,151 @@
+"""Tables of a suite from its results, with intervals over seeds, beside the published figures."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from benchmark.figures import draw_suite
+from benchmark.manifest import machine
+from benchmark.results import Summary, bootstrap_interval, interquartile_mean, summarize
+from benchmark.suites import Task
+
+
+def reference_ratio(scores: np.ndarray, reference: float) -> np.ndarray:
+    """Scores relative to a published figure, 1 where they are equal and more where they are better."""
+    return (
+        scores / reference if reference > 0 else reference / scores
+    )  # costs: twice the cost is half as good
+
+
+def number(x: float) -> str:
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
+
+
+def mean_and_std(scores: np.ndarray) -> str:
+    """Mean and sample standard deviation over seeds (S,)."""
+    if np.isnan(scores).all():
+        return "–"
+    mean = number(np.nanmean(scores))
+    return f"{mean} ± {number(np.nanstd(scores, ddof=1))}" if len(scores) > 1 else mean
+
+
+def iqm_and_interval(groups: list[np.ndarray]) -> str:
+    low, high = bootstrap_interval(groups, interquartile_mean)
+    return f"{number(interquartile_mean(np.concatenate(groups)))} [{number(low)}, {number(high)}]"
+
+
+def table_row(summary: Summary) -> list[str]:
+    evaluations = summary.evaluations
+    published = {metric: "–" for metric in ("evaluation", "training")}
+    for reference in summary.task.references:
+        published[reference.metric] = f"{number(reference.value)} ({reference.source})"
+    evaluation_cells = ["–"] * 4
+    if evaluations.size:
+        final, peak = evaluations[:, -1], evaluations[:, evaluations.mean(0).argmax()]
+        evaluation_cells = [
+            mean_and_std(final),
+            iqm_and_interval([final]),
+            mean_and_std(evaluations.max(1)),
+            mean_and_std(peak),
+        ]
+    return [
+        summary.task.environment,
+        summary.task.label,
+        str(len(summary.curves)),
+        *evaluation_cells,
+        published["evaluation"],
+        mean_and_std(summary.training),
+        published["training"],
+        mean_and_std(summary.minutes),
+    ]
+
+
+HEADER = [
+    "Environment",
+    "Variant",
+    "Seeds",
+    "Final evaluation",
+    "IQM [95% interval]",
+    "Best evaluation of each seed",
+    "Best evaluation of the mean",
+    "Published evaluation",
+    "Last 100 training episodes",
+    "Published training",
+    "Minutes",
+]
+
+EXPLANATION = """\
+Mean ± sample standard deviation over seeds. An evaluation is of the deterministic policy. The interquartile
+mean (IQM) is that of the final evaluation, its interval a bootstrap over seeds. *Best evaluation of each
+seed* takes the maximum over training seed by seed; *best evaluation of the mean* takes the point of training
+at which the mean over seeds is highest, which is how Tianshou reports. Minutes are those of training, without
+the evaluations, on one core."""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown, with the columns aligned."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def aggregates(summaries: list[Summary]) -> str:
+    """One sentence per variant that has several environments with a published evaluation."""
+    sentences = []
+    for label in dict.fromkeys(summary.task.label for summary in summaries):
+        groups = [
+            reference_ratio(summary.evaluations[:, -1], reference.value)
+            for summary in summaries
+            for reference in summary.task.references
+            if summary.task.label == label and reference.metric == "evaluation" and summary.evaluations.size
+        ]
+        if len(groups) > 1:
+            sentences.append(
+                f"`{label}`, final evaluation relative to the published one (1 is equal, more is better): "
+                f"IQM over {len(groups)} environments {iqm_and_interval(groups)}, with the 95% interval of a "
+                "bootstrap stratified by environment.\n"
+            )
+    return "\n".join(sentences)
+
+
+def provenance(manifests: list[dict]) -> str:
+    """Which commits, packages and processors the results come from."""
+
+    def distinct(values: Iterable[str]) -> str:
+        return ", ".join(sorted(set(values)))
+
+    commits = [(m["commit"] or "none")[:10] + ("+changes" if m["dirty"] else "") for m in manifests]
+    packages = [f"{name} {version}" for m in manifests for name, version in m["packages"].items()]
+    machines = distinct(map(machine, manifests))
+    return f"Measured on {machines}, with {distinct(packages)}; commit {distinct(commits)}."
+
+
+def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) -> str:
+    """Writes {results}/{suite}/README.md and the figures {suite}_steps.png and {suite}_time.png.
+
+    Returns the table; SystemExit if there are no results.
+    """
+    summaries = [summary for task in tasks if (summary := summarize(suite, task, results))]
+    if not summaries:
+        raise SystemExit(
+            f"There are no results of suite {suite} in {results}; python -m benchmark run makes them"
+        )
+    figures.mkdir(parents=True, exist_ok=True)
+    images = []
+    for axis in ("steps", "time"):
+        path = figures / f"{suite}_{axis}.png"
+        draw_suite(summaries, path, axis)
+        link = Path(os.path.relpath(path, results / suite)).as_posix()
+        images.append(f"![Learning curves, {axis}]({link})\n")
+    text = table(HEADER, [table_row(summary) for summary in summaries])
+    aggregate = aggregates(summaries)
+    manifests = [manifest for summary in summaries for manifest in summary.manifests]
+    commands = f"    {manifests[0]['command']}"
+    parts = [f"# Results: {suite}\n", text + "\n", aggregate, EXPLANATION + "\n", *images]
+    parts += [f"The first of {len(manifests)} runs; each result has a manifest beside it:\n", commands + "\n"]
+    parts.append(provenance(manifests))
+    (results / suite / "README.md").write_text("\n".join(part for part in parts if part) + "\n")
+    return f"{text}\n\n{aggregate}".rstrip()

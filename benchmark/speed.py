@@ -1,0 +1,163 @@
+"""Steps per second of the scripts, end to end with logging, beside the peers at equal hyperparameters."""
+
+import importlib.util
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark import manifest
+from benchmark.events import read_scalars
+from benchmark.report import table
+from benchmark.runs import last_lines, start_process
+
+DROPPED = 3  # iterations at the start, with compilation and warm-up
+LOGGED_ONCE_PER_ITERATION = ("charts/SPS", "time/fps")  # ours, Stable-Baselines3's
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Programs that do the same work; each takes --total-timesteps and --runs, logs once per iteration."""
+
+    name: str
+    batch_size: int
+    """steps per iteration, over all environments"""
+    programs: dict[str, list[str]]
+    """arguments after `python`, by name: "ours", and the names of peers"""
+
+
+def ppo_continuous(num_envs: int, num_steps: int) -> Comparison:
+    """HalfCheetah-v5, 10 epochs of 32 minibatches; ours without what Stable-Baselines3 does not do."""
+    sizes = ["--env-id", "HalfCheetah-v5", "--num-envs", str(num_envs), "--num-steps", str(num_steps)]
+    equal = ["--eval-interval", "0", "--no-recompute-advantages", "--target-kl", "None"]
+    return Comparison(
+        f"ppo_continuous, HalfCheetah-v5, {num_envs} x {num_steps}",
+        num_envs * num_steps,
+        {
+            "ours": ["ppo_continuous.py", *sizes, *equal],
+            "sb3": ["-m", "benchmark.peers", "sb3", *sizes],
+            "raw": ["-m", "benchmark.peers", "raw", *sizes],
+        },
+    )
+
+
+COMPARISONS = [
+    ppo_continuous(1, 2048),
+    ppo_continuous(8, 256),
+    Comparison(
+        "ppo_continuous, HalfCheetah-v5, with its defaults",
+        2048,
+        {
+            "ours": ["ppo_continuous.py", "--env-id", "HalfCheetah-v5", "--eval-interval", "0"],
+            "raw": ppo_continuous(32, 64).programs["raw"],
+        },
+    ),
+]
+
+
+def measure_once(arguments: list[str], total_timesteps: int) -> dict[str, float]:
+    """One run in a process of its own, on the last core; SystemExit with the end of its log if it fails.
+
+    Returns steps per second after the DROPPED iterations, the seconds from the start of the process to the
+    end of the first iteration, and the peak memory in MB.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        command = [*arguments, "--total-timesteps", str(total_timesteps), "--runs", folder]
+        start = time.time()  # the clock of the event files
+        process = start_process(command, log, manifest.available_cores()[-1])
+        try:
+            _, status, usage = os.wait4(process.pid, 0)  # Popen does not tell the memory of one child
+        except KeyboardInterrupt:
+            process.terminate()
+            raise SystemExit("Interrupted; nothing was written") from None
+        if status:
+            raise SystemExit(f"python {shlex.join(command)} failed:\n{last_lines(log)}")
+        run = next(Path(folder).rglob("events.out.tfevents.*")).parent
+        scalars = read_scalars(run)
+    tag = next(tag for tag in LOGGED_ONCE_PER_ITERATION if tag in scalars)
+    steps, _, times = scalars[tag]
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return {
+        "steps_per_second": (steps[-1] - steps[DROPPED - 1]) / (times[-1] - times[DROPPED - 1]),
+        "startup_seconds": times[0] - start,
+        "peak_memory_mb": usage.ru_maxrss * bytes_per_unit / 1e6,
+    }
+
+
+EXPLANATION = f"""\
+# Speed
+
+Environment steps per second, end to end with logging to TensorBoard, one thread on one core, the programs in
+turn; the first {DROPPED} iterations do not count. *Ours / this* is how many times faster ours is. *Startup*
+is the time from the start of the process to the end of the first iteration. `sb3` is Stable-Baselines3's PPO
+with VecNormalize; `raw` is the environment alone, under random actions: the limit.
+"""
+
+
+def median(rounds: list[dict[str, float]], key: str) -> float:
+    return statistics.median(measured[key] for measured in rounds)
+
+
+def as_markdown(comparisons: dict[str, dict]) -> str:
+    """A section with a table for each comparison."""
+    text = EXPLANATION
+    header = ["Program", "Rounds", "Median", "Ours / this", "Startup (s)", "Peak memory (MB)"]
+    for name, comparison in comparisons.items():
+        ours = median(comparison["programs"]["ours"], "steps_per_second")
+        rows = []
+        for program, rounds in comparison["programs"].items():
+            rate = median(rounds, "steps_per_second")
+            each = ", ".join(f"{measured['steps_per_second']:.0f}" for measured in rounds)
+            startup, memory = median(rounds, "startup_seconds"), median(rounds, "peak_memory_mb")
+            rows.append(
+                [program, each, f"{rate:.0f}", f"{ours / rate:.2f}", f"{startup:.1f}", f"{memory:.0f}"]
+            )
+        description = comparison["manifest"]
+        packages = ", ".join(f"{name} {version}" for name, version in description["packages"].items())
+        text += f"\n## {name}\n\n{table(header, rows)}\n\n{manifest.machine(description)}; {packages}.\n"
+    return text
+
+
+def measure(peers: tuple[str, ...], rounds: int, iterations: int, only: str, results: Path) -> str:
+    """Runs the comparisons with `only` in their name; brings speed.json and speed.md in `results` up to date.
+
+    Returns the text of speed.md; SystemExit with a sentence if a program fails or a peer is not installed.
+    """
+    chosen = [comparison for comparison in COMPARISONS if only in comparison.name]
+    if not chosen:
+        raise SystemExit(
+            f"No comparison has {only!r} in its name; there are:\n" + "\n".join(c.name for c in COMPARISONS)
+        )
+    if rounds < 1 or iterations <= DROPPED:
+        raise SystemExit(f"--rounds must be at least 1, --iterations more than {DROPPED}")
+    if "sb3" in peers and not importlib.util.find_spec("stable_baselines3"):
+        raise SystemExit(
+            "Stable-Baselines3 is not installed: pip install .[peers], or leave it out with --peers raw"
+        )
+    measured = {}
+    for comparison in chosen:
+        description = manifest.describe()
+        programs = {name: p for name, p in comparison.programs.items() if name == "ours" or name in peers}
+        taken: dict[str, list] = {name: [] for name in programs}
+        for round in range(rounds):
+            for name, arguments in programs.items():
+                taken[name].append(measure_once(arguments, iterations * comparison.batch_size))
+                rate = taken[name][-1]["steps_per_second"]
+                print(
+                    f"{comparison.name}, round {round + 1}, {name}: {rate:.0f} steps per second", flush=True
+                )
+        commands = {name: shlex.join(["python", *arguments]) for name, arguments in programs.items()}
+        measured[comparison.name] = {"commands": commands, "programs": taken, "manifest": description}
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "speed.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | measured, indent=2) + "\n")
+    text = as_markdown(known | measured)
+    (results / "speed.md").write_text(text)
+    return text

@@ -1,0 +1,108 @@
+"""What is run: suites of tasks, as plain data, and the figures that others have published for them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+TRAINING = "charts/episodic_return"  # mean of the last 100 training episodes
+EVALUATION = "eval/episodic_return"  # deterministic policy
+ELAPSED = "time/elapsed"  # seconds of training so far
+LOSSES = ("losses/approx_kl", "losses/clip_fraction", "losses/entropy", "losses/explained_variance")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published figure, and where it stands."""
+
+    metric: Literal["training", "evaluation"]
+    """which of our figures it is to be held against"""
+    value: float
+    source: str
+
+
+@dataclass
+class Task:
+    """A variant of a script on one environment, to be run once per seed."""
+
+    script: str
+    """file, relative to the repository"""
+    environment: str
+    """environment id; for a script without environments the name of what it does"""
+    total_timesteps: int
+    flags: tuple[str, ...] = ()
+    """further arguments, which make the variant"""
+    label: str = ""
+    """name of the variant, which keeps its results apart; the script's own name if not given"""
+    references: tuple[Reference, ...] = ()
+    environment_flag: str = "--env-id"
+    """empty for a script without environments"""
+    steps_flag: str = "--total-timesteps"
+    training_tag: str = TRAINING
+    evaluation_tag: str = EVALUATION
+    other_tags: tuple[str, ...] = LOSSES
+    """what else to keep of the logged scalars"""
+
+    def __post_init__(self) -> None:
+        self.label = self.label or Path(self.script).stem
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The columns of a result, less the step."""
+        return (self.training_tag, self.evaluation_tag, ELAPSED, *self.other_tags)
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs and results of this task lie, relative to those of the suite."""
+        return Path(self.label) / self.environment.replace("/", "-").replace(":", "-")
+
+    def arguments(self, seed: int) -> list[str]:
+        """The command line after `python`, as a user would type it."""
+        environment = [self.environment_flag, self.environment] if self.environment_flag else []
+        name = ["--exp-name", self.label] if self.label != Path(self.script).stem else []
+        steps = [self.steps_flag, str(self.total_timesteps)]
+        return [self.script, *environment, "--seed", str(seed), *steps, *name, *self.flags]
+
+
+def evaluation(value: float, source: str) -> Reference:
+    return Reference("evaluation", value, source)
+
+
+def cleanrl(value: float, steps: str = "1M") -> Reference:
+    return Reference("training", value, f"CleanRL, {steps}")
+
+
+# The best public evaluation of PPO, at 1M steps where there is no other note, and CleanRL's last 100 training
+# episodes. Tianshou's figures are the maximum over training of the mean over 10 seeds. None is for v5.
+PPO_MUJOCO = {
+    "HalfCheetah-v5": (evaluation(5783.9, "Tianshou"), cleanrl(1442.6)),
+    "Hopper-v5": (evaluation(3450.1, "XuanCe"), cleanrl(2382.9)),
+    "Walker2d-v5": (evaluation(4318.6, "XuanCe"), cleanrl(2288.0)),
+    "Ant-v5": (evaluation(3258.4, "Tianshou"),),
+    "Swimmer-v5": (evaluation(120, "Spinning Up, read off a graph"),),
+    "Humanoid-v5": (evaluation(799.4, "RPO in CleanRL, 8M"), cleanrl(716.1)),
+    "Reacher-v5": (evaluation(-4.1, "Tianshou"),),
+    "InvertedPendulum-v5": (evaluation(1000, "Tianshou"), cleanrl(963.1)),
+    "InvertedDoublePendulum-v5": (evaluation(9231.3, "Tianshou"),),
+}
+
+SUITES: dict[str, list[Task]] = {
+    "mujoco": [
+        Task("ppo_continuous.py", environment, 1_000_000, references=references)
+        for environment, references in PPO_MUJOCO.items()
+    ],
+    "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
+    "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
+}
+
+
+def find_suite(name: str, total_timesteps: int | None = None) -> tuple[str, list[Task]]:
+    """Name and tasks of a suite; SystemExit with a sentence if there is none.
+
+    With `total_timesteps` it is another suite, with another name: a trial is never taken for the real thing.
+    """
+    if name not in SUITES:
+        raise SystemExit(f"There is no suite {name!r}; there are {', '.join(SUITES)}")
+    if total_timesteps is None:
+        return name, SUITES[name]
+    tasks = [replace(task, total_timesteps=total_timesteps) for task in SUITES[name]]
+    return f"{name}-{total_timesteps}", tasks

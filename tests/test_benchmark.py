@@ -1,0 +1,263 @@
+"""The benchmark harness: reading what was logged, statistics, running what is missing, tables and figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import trim_mean
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmark import speed
+from benchmark.events import make_curve, read_curve, read_scalars, write_curve
+from benchmark.figures import draw_run
+from benchmark.report import reference_ratio, write_report
+from benchmark.results import bootstrap_interval, interquartile_mean
+from benchmark.runs import list_jobs, run_jobs
+from benchmark.suites import ELAPSED, EVALUATION, SUITES, TRAINING, Reference, Task, find_suite
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Makes a run directory as the scripts do; --fail ends it after the checkpoint, as long as it is not resumed.
+FAKE_SCRIPT = """
+import argparse, json, pathlib, sys
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+parser = argparse.ArgumentParser()
+for flag in ("--env-id", "--exp-name", "--runs", "--resume"):
+    parser.add_argument(flag)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--total-timesteps", type=int)
+parser.add_argument("--fail", action="store_true")
+args = parser.parse_args()
+run = pathlib.Path(args.resume or f"{args.runs}/{args.env_id}__fake__{args.seed}__20260101")
+run.mkdir(exist_ok=True)
+(run / "args.json").write_text(json.dumps(vars(args)))
+(run / "checkpoint.pt").touch()
+if args.fail and not args.resume:
+    sys.exit("the simulator fell over")
+writer = EventFileWriter(str(run))
+for step in range(0, 1001, 100):
+    for tag, value in {
+        "charts/episodic_return": step / 10, "eval/episodic_return": step / 5, "charts/SPS": 7
+    }.items():
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        writer.add_event(Event(step=step, wall_time=step, summary=summary))
+writer.close()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE_SCRIPT)
+    return str(path)
+
+
+def write_scalars(folder: Path, tag: str, points: dict[int, float], suffix: str) -> None:
+    writer = SummaryWriter(str(folder), filename_suffix=suffix)
+    for step, value in points.items():
+        writer.add_scalar(tag, value, step)
+    writer.close()
+
+
+def test_the_later_file_of_a_resumed_run_holds(tmp_path: Path) -> None:
+    write_scalars(tmp_path, TRAINING, {step: 1.0 for step in range(5000)}, "")
+    write_scalars(tmp_path, TRAINING, {step: 2.0 for step in range(4000, 6000)}, "")
+    first, second = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_size, reverse=True)
+    first.rename(tmp_path / "events.out.tfevents.1000000000.host.1.0")
+    second.rename(tmp_path / "events.out.tfevents.1000000100.host.1.0")
+    steps, values, wall_times = read_scalars(tmp_path)[TRAINING]
+    assert steps.tolist() == list(range(6000))  # whole: the accumulator of TensorBoard would give a sample
+    assert values.tolist() == [1.0] * 4000 + [2.0] * 2000
+    assert len(wall_times) == 6000
+
+
+def test_an_event_file_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    write_scalars(tmp_path, TRAINING, {step: 1.0 for step in range(100)}, "")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_scalars(tmp_path)[TRAINING].steps.tolist() == list(range(99))
+
+
+def test_no_event_files_gives_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no TensorBoard event files"):
+        read_scalars(tmp_path)
+
+
+def test_thinning_keeps_evaluations_and_the_ends(tmp_path: Path) -> None:
+    write_scalars(tmp_path, TRAINING, {step: step / 3 for step in range(7, 5001, 7)}, "")
+    write_scalars(tmp_path, EVALUATION, {0: -1.5, 7 * 123: 123456.7, 7 * 714: 3.0}, "_evaluation")
+    curve = make_curve(read_scalars(tmp_path), (TRAINING, EVALUATION, ELAPSED), keep=EVALUATION)
+    assert 100 <= len(curve["step"]) <= 103
+    assert curve["step"][[0, -1]].tolist() == [0, 4998]
+    evaluated = ~np.isnan(curve[EVALUATION])
+    assert curve["step"][evaluated].tolist() == [0, 7 * 123, 7 * 714]
+    assert np.isnan(curve[TRAINING][0]) and np.isnan(curve[ELAPSED]).all()
+
+    write_curve(tmp_path / "curve.csv", curve)
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[:2] == [f"step,{TRAINING},{EVALUATION},{ELAPSED}", "0,,-1.5,"]
+    assert lines[-1] == "4998,1666,3,"
+    for name, column in read_curve(tmp_path / "curve.csv").items():
+        np.testing.assert_allclose(column, curve[name], rtol=1e-4)
+
+
+def test_interquartile_mean() -> None:
+    assert interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -100])) == pytest.approx(3.5)
+    scores = np.random.default_rng(1).normal(size=(4, 9))
+    np.testing.assert_allclose(interquartile_mean(scores, axis=1), trim_mean(scores, 0.25, axis=1))
+
+
+def test_bootstrap_interval() -> None:
+    scores = np.random.default_rng(2).normal(size=400)
+    low, high = bootstrap_interval([scores], np.mean)
+    standard_error = scores.std() / 20
+    assert low == pytest.approx(scores.mean() - 1.96 * standard_error, abs=0.2 * standard_error)
+    assert high == pytest.approx(scores.mean() + 1.96 * standard_error, abs=0.2 * standard_error)
+    # Two seeds, 0 and 1: the resampled mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
+    assert bootstrap_interval([np.array([0.0, 1.0])], np.mean) == (0.0, 1.0)
+    # Stratified: groups that do not vary leave no variation, however far apart they are.
+    assert bootstrap_interval([np.zeros(3), np.ones(3)], np.mean) == (0.5, 0.5)
+    low, high = bootstrap_interval([np.random.default_rng(3).normal(size=(5, 7))], interquartile_mean)
+    assert low.shape == high.shape == (7,) and (low < high).all()
+
+
+def test_better_than_the_reference_is_more_than_one() -> None:
+    np.testing.assert_allclose(reference_ratio(np.array([50.0, 200.0]), 100), [0.5, 2])
+    np.testing.assert_allclose(reference_ratio(np.array([-8.0, -2.0]), -4), [0.5, 2])
+
+
+def test_suites_give_commands_that_a_user_would_type() -> None:
+    assert SUITES["smoke"][0].arguments(3) == (
+        "ppo_continuous.py --env-id Pendulum-v1 --seed 3 --total-timesteps 4096".split()
+    )
+    variant = Task("reinforce.py", "ALE/Pong-v5", 10, ("--estimator", "baseline"), label="reinforce_baseline")
+    assert " ".join(variant.arguments(1)).endswith("10 --exp-name reinforce_baseline --estimator baseline")
+    assert variant.folder == Path("reinforce_baseline/ALE-Pong-v5")
+    name, tasks = find_suite("mujoco", 1000)
+    assert name == "mujoco-1000" and {task.total_timesteps for task in tasks} == {1000}
+
+
+def test_unknown_suite_gives_a_sentence() -> None:
+    with pytest.raises(SystemExit, match="There is no suite 'mojoco'; there are mujoco, "):
+        find_suite("mojoco")
+
+
+def test_run_skips_what_is_there_survives_a_failure_and_resumes(script: str, tmp_path: Path, capsys) -> None:
+    tasks = [Task(script, "Good-v0", 1000), Task(script, "Bad-v0", 1000, flags=("--fail",))]
+    jobs = list_jobs("suite", tasks, 1, tmp_path / "results", tmp_path / "runs")
+    ((failed, problem),) = run_jobs(jobs, parallel=2)
+    assert failed.task.environment == "Bad-v0" and problem == "exit code 1"
+    assert "the simulator fell over" in failed.log.read_text()
+    assert "Good-v0 seed 1 after 0:0" in capsys.readouterr().out
+
+    good = tmp_path / "results" / "suite" / "fake" / "Good-v0"
+    assert sorted(path.name for path in good.iterdir()) == ["seed1.csv", "seed1.json"]
+    manifest = json.loads((good / "seed1.json").read_text())
+    assert manifest["command"] == f"python {script} --env-id Good-v0 --seed 1 --total-timesteps 1000"
+    assert manifest["final"] == {"step": 1000, TRAINING: 100, EVALUATION: 200}
+    assert manifest["packages"]["numpy"] == np.__version__ and not manifest["resumed"]
+
+    written = (good / "seed1.csv").stat().st_mtime_ns
+    assert run_jobs(jobs, parallel=1) == []  # the fake script does not fail when it is resumed
+    output = capsys.readouterr().out
+    assert (
+        "1 of 2 runs are there" in output and "resume fake Bad-v0 seed 1" in output and "Good" not in output
+    )
+    assert (good / "seed1.csv").stat().st_mtime_ns == written
+
+
+def test_interrupt_ends_the_runs_and_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    script = tmp_path / "slow.py"
+    script.write_text("import time; time.sleep(600)")
+    jobs = list_jobs(
+        "suite", [Task(str(script), "Slow-v0", 1000)], 2, tmp_path / "results", tmp_path / "runs"
+    )
+    monkeypatch.setattr("benchmark.runs.time.sleep", interrupt)
+    with pytest.raises(SystemExit, match="The same command goes on"):
+        run_jobs(
+            jobs, parallel=2
+        )  # waits for the processes, so it would take 10 minutes if it did not end them
+
+
+def test_speed_from_the_times_of_the_events(script: str, tmp_path: Path, monkeypatch) -> None:
+    programs = {"ours": [script], "raw": [script], "sb3": ["missing.py"]}
+    monkeypatch.setattr(speed, "COMPARISONS", [speed.Comparison("a comparison", 100, programs)])
+    text = speed.measure(("raw",), rounds=2, iterations=10, only="", results=tmp_path)
+    assert (tmp_path / "speed.md").read_text() == text
+    measured = json.loads((tmp_path / "speed.json").read_text())["a comparison"]
+    assert list(measured["programs"]) == ["ours", "raw"]
+    # The fake script logs every 100 steps with the step as the time, so it makes one step per second.
+    assert [one["steps_per_second"] for one in measured["programs"]["ours"]] == [1.0, 1.0]
+    assert measured["programs"]["raw"][0]["peak_memory_mb"] > 5
+    with pytest.raises(SystemExit, match="No comparison has 'other' in its name"):
+        speed.measure((), rounds=1, iterations=10, only="other", results=tmp_path)
+
+
+def write_result(folder: Path, seed: int, last: float) -> None:
+    steps = np.arange(0, 1_000_001, 50_000)
+    values = (
+        last * (1 - np.exp(-steps / 3e5)) + np.random.default_rng(seed).normal(size=len(steps)) * last / 20
+    )
+    curve = {"step": steps, TRAINING: np.where(steps > 0, values, np.nan), EVALUATION: 1.1 * values}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_curve(folder / f"seed{seed}.csv", curve | {ELAPSED: steps / 3000 * (1 + seed / 20)})
+    manifest = {"command": "python fake.py", "commit": "0123456789ab", "dirty": False, "gpu": None}
+    manifest |= {"processor": "A processor", "packages": {"torch": "2.13.0"}}
+    (folder / f"seed{seed}.json").write_text(json.dumps(manifest))
+
+
+def test_report_writes_table_and_figures(tmp_path: Path) -> None:
+    results, figures = tmp_path / "results", tmp_path / "figures"
+    published = (Reference("evaluation", 1000, "Somebody"), Reference("training", 700, "Somebody else"))
+    tasks = [
+        Task("fake.py", name, 1_000_000, references=published) for name in ("One-v0", "Two-v0", "None-v0")
+    ]
+    for task in tasks[:2]:
+        for seed in (1, 2, 3):
+            write_result(results / "suite" / task.folder, seed, last=900 + 50 * seed)
+    text = write_report("suite", tasks, results, figures)
+    row = next(line for line in text.splitlines() if "One-v0" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    curves = [read_curve(results / "suite" / "fake" / "One-v0" / f"seed{seed}.csv") for seed in (1, 2, 3)]
+    evaluations = np.array([curve[EVALUATION] for curve in curves])
+    assert cells[:3] == ["One-v0", "fake", "3"]
+    assert cells[3] == f"{evaluations[:, -1].mean():.0f} ± {evaluations[:, -1].std(ddof=1):.1f}"
+    assert cells[5].startswith(f"{evaluations.max(1).mean():.0f} ± ")
+    assert cells[6].startswith(f"{evaluations.mean(0).max():.0f} ± ")
+    assert cells[7] == "1000 (Somebody)" and cells[9] == "700 (Somebody else)"
+    assert cells[10] == "6.11 ± 0.28"
+    assert "None-v0" not in text and "IQM over 2 environments 1." in text
+    readme = (results / "suite" / "README.md").read_text()
+    for axis in ("steps", "time"):
+        assert 5_000 < (figures / f"suite_{axis}.png").stat().st_size < 300_000
+        assert os.path.join("..", "..", "figures", f"suite_{axis}.png") in readme
+    with pytest.raises(SystemExit, match="There are no results of suite other"):
+        write_report("other", tasks, results, figures)
+
+
+def test_curve_of_one_run(tmp_path: Path) -> None:
+    write_scalars(tmp_path, TRAINING, {step: step / 3 for step in range(10, 100)}, "")
+    write_scalars(tmp_path, EVALUATION, {0: -1.5, 50: 2.5, 99: 7.25}, "_evaluation")
+    text = draw_run(tmp_path, tmp_path / "curve.png", TRAINING, EVALUATION)
+    assert text.startswith("First evaluation -1.5 at step 0, last evaluation 7.25 at step 99.")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_line_says_what_is_wrong() -> None:
+    for arguments, sentence in (
+        (["run", "--suite", "mojoco"], "There is no suite 'mojoco'"),
+        (["run", "--suite", "smoke", "--only", "Hopper-v5"], "Suite smoke has no Hopper-v5"),
+    ):
+        command = [sys.executable, "-m", "benchmark", *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
