@@ -345,12 +345,12 @@ class FrozenPolicy:
         self.action_scale = np.where(bounded, (self.high - self.low) / 2, 1).astype(np.float32)
         self.std = array(agent.log_std.exp())
         self.actor, self.device = agent.actor, agent.log_std.device
-        self.use_numpy = all(isinstance(layer, nn.Linear | nn.Tanh) for layer in agent.actor)
-        if self.use_numpy:
-            self.layers = [
-                (array(layer.weight).T, array(layer.bias)) if isinstance(layer, nn.Linear) else None
-                for layer in agent.actor
-            ]
+        layers = agent.actor if isinstance(agent.actor, nn.Sequential) else [agent.actor]
+        self.layers = []
+        if all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers):
+            for layer in layers:
+                linear = isinstance(layer, nn.Linear)
+                self.layers.append((array(layer.weight).T, array(layer.bias)) if linear else None)
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         """Observations (..., D) less their mean, over their standard deviation, clipped to [-10, 10]."""
@@ -360,11 +360,11 @@ class FrozenPolicy:
     def mean_action(self, observations: np.ndarray) -> np.ndarray:
         """Mean raw action (N, A) at observations (N, D) of the environment."""
         x = self.normalize(observations)
-        if not self.use_numpy:
+        if not self.layers:
             with torch.inference_mode():
                 return self.actor(torch.as_tensor(x, device=self.device)).cpu().numpy()
         for layer in self.layers:
-            x = x @ layer[0] + layer[1] if layer else np.tanh(x)
+            x = np.tanh(x) if layer is None else x @ layer[0] + layer[1]
         return x
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
@@ -534,7 +534,7 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
 
         gradients = torch.autograd.grad(loss, optimizer.parameters)
         with torch.no_grad():
-            grad_norm = nn.utils.get_total_norm(gradients)
+            grad_norm = nn.utils.get_total_norm(gradients, foreach=False)
             scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
             optimizer.step([scale * gradient for gradient in gradients])
             log_ratio = log_probs - old_log_probs

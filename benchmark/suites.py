@@ -85,9 +85,15 @@ PPO_MUJOCO = {
     "InvertedDoublePendulum-v5": (evaluation(9231.3, "Tianshou"),),
 }
 
+# One set of defaults for all but Swimmer, whose stroke pays off only over hundreds of steps: with a discount of
+# 0.99 it stays near 40 to 110 in all published results.
+PPO_FLAGS = {"Swimmer-v5": ("--gamma", "0.9999", "--gae-lambda", "0.98")}
+
 SUITES: dict[str, list[Task]] = {
     "mujoco": [
-        Task("ppo_continuous.py", environment, 1_000_000, references=references)
+        Task(
+            "ppo_continuous.py", environment, 1_000_000, PPO_FLAGS.get(environment, ()), references=references
+        )
         for environment, references in PPO_MUJOCO.items()
     ],
     "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
