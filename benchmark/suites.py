@@ -85,7 +85,7 @@ PPO_MUJOCO = {
     "InvertedDoublePendulum-v5": (evaluation(9231.3, "Tianshou"),),
 }
 
-# One set of defaults for all but Swimmer, whose stroke pays off only over hundreds of steps: with a discount of
+# One set of defaults for all but Swimmer, whose stroke pays off over hundreds of steps: with a discount of
 # 0.99 it stays near 40 to 110 in all published results.
 PPO_FLAGS = {"Swimmer-v5": ("--gamma", "0.9999", "--gae-lambda", "0.98")}
 
