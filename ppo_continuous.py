@@ -87,7 +87,7 @@ class Args:
     kl_target: float = 0.01
     """KL(old, new) per iteration that kl-adaptive steers to, in nats"""
     target_kl: float | None = 0.02
-    """end the epochs of an iteration once the mean KL of one exceeds 1.5 times this; none for no limit"""
+    """end the epochs of an iteration once the mean KL of one exceeds 1.5 times this; None for no limit"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
     recompute_advantages: bool = True
@@ -129,6 +129,8 @@ class Args:
         for name in ("learning_rate", "clip_coef", "kl_coef", "kl_target", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -173,8 +175,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """An environment with flat observations and a Box of actions, or SystemExit with a sentence."""
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
-    except (gym.error.Error, ImportError) as error:
+        keywords = {"render_mode": render_mode} if render_mode else {}
+        env = gym.make(env_id, disable_env_checker=True, **keywords)
+    except (gym.error.Error, ImportError, TypeError) as error:
         raise SystemExit(f"Cannot make the environment {env_id}: {error}")
     if not isinstance(env.action_space, gym.spaces.Box):
         raise SystemExit(
@@ -660,7 +663,10 @@ def train(args: Args, run: Path) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-    latest = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)])  # (N, D) observations
+    first_seed = args.seed * args.num_envs  # so that no two runs have a seed in common
+    latest = np.stack(
+        [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
+    )  # (N, D) observations
     stagger_time_limits(envs)
     space = envs[0].action_space
     agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
@@ -681,6 +687,8 @@ def train(args: Args, run: Path) -> None:
         finished.extend(state["finished"])
         torch.set_rng_state(state["generator"])
         if None in state["envs"]:
+            first_seed += iteration * args.num_envs
+            latest = np.stack([env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)])
             print(f"The state of {args.env_id} cannot be saved, so its episodes start anew")
         else:
             for env, env_state in zip(envs, state["envs"], strict=True):

@@ -1,0 +1,193 @@
+"""What README.md and docs/ say: the commands run, the flags, metrics, names and links are there.
+
+Training is cut down to a few steps by flags that are appended, since the last one of a name counts. What
+installs, logs in or serves is only looked at.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, WALL_CLOCK, read_curves
+
+import ppo_continuous
+
+README = (REPOSITORY / "README.md").read_text()
+PAGE = (REPOSITORY / "docs" / "ppo_continuous.md").read_text()
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+TRAIN = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --total-timesteps 256 --no-compile"
+SMALL = {
+    "train": f"{TRAIN} --eval-episodes 1",
+    "--resume": "--total-timesteps 384",
+    "--evaluate": "--eval-episodes 1",
+    "--capture-video": "--no-capture-video",  # a machine for tests need not be able to draw
+    "benchmark run": "--suite smoke --total-timesteps 256 --seeds 1 --jobs 1",
+    "benchmark report": "--suite smoke --total-timesteps 256",
+    "benchmark speed": "--help",  # measured in test_benchmark.py
+}
+ONLY_LOOKED_AT = ("pip install", "python3 -m venv .venv", "source .venv/bin/activate", "tensorboard", "wandb")
+
+
+def blocks(text: str) -> list[str]:
+    """The commands of the bash blocks and the python blocks, in order."""
+    found = []
+    for language, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            lines = body.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.strip() and not line.startswith("#")]
+        else:
+            found.append(body)
+    return found
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a user gets, in which the commands of the README run one after another."""
+    folder = tmp_path_factory.mktemp("clone")
+    for file in [*REPOSITORY.glob("*.py"), *map(REPOSITORY.joinpath, ("Makefile", "pyproject.toml"))]:
+        shutil.copy(file, folder)
+    shutil.copy(REPOSITORY / "constraints.txt", folder)
+    leave_out = shutil.ignore_patterns("results", "figures", "__pycache__")
+    shutil.copytree(REPOSITORY / "benchmark", folder / "benchmark", ignore=leave_out)
+    return folder
+
+
+def fill_in_runs(text: str, clone: Path) -> str:
+    """The text with each run directory replaced by the newest one of that name, whatever its time."""
+
+    def newest(match: re.Match) -> str:
+        runs = sorted((clone / "runs").glob(f"{match[1]}*"))
+        assert runs, f"no command of the README before this one makes {match[0]}"
+        return f"runs/{runs[-1].name}"
+
+    return re.sub(r"runs/([\w-]+?__\w+?__\d+__)\d{8}-\d{6}", newest, text)
+
+
+def run(arguments: list[str], clone: Path, variables: dict[str, str]) -> str:
+    """Output of a command in the clone; without compilation, and without W&B."""
+    environment = os.environ | variables | {"TORCHDYNAMO_DISABLE": "1", "WANDB_MODE": "disabled"}
+    process = subprocess.run(
+        arguments, cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.returncode == 0, f"{shlex.join(arguments)}\n{process.stdout}"
+    return process.stdout
+
+
+def cut_down(command: str) -> list[str]:
+    """The arguments of a command after `python`, with the flags that make it small."""
+    if "--help" in command:
+        return shlex.split(command)
+    small = [flags for word, flags in SMALL.items() if word in command]
+    if not command.startswith("-m ") and "--resume" not in command and "--evaluate" not in command:
+        small.append(SMALL["train"])
+    return shlex.split(command) + shlex.split(" ".join(small))
+
+
+def change_network(code: str, clone: Path) -> None:
+    """Puts the README's network into the copy of the script that the README makes, and trains it."""
+    script = clone / "my_ppo.py"
+    indented = "".join(f"        {line}\n" for line in code.splitlines())
+    changed, places = re.subn(
+        r"^        self\.actor = .*\n", indented, script.read_text(), flags=re.MULTILINE
+    )
+    assert places == 1
+    script.write_text(changed)
+    run([sys.executable, *cut_down("my_ppo.py --env-id Hopper-v5")], clone, {})
+
+
+@pytest.mark.parametrize("block", blocks(README), ids=lambda block: block.split("\n")[0])
+def test_readme_runs(block: str, clone: Path):
+    if match := re.match(r"# (\w+\.py)\n", block):
+        (clone / match[1]).write_text(block)
+    elif block.startswith("self."):
+        change_network(block, clone)
+    elif "\n" in block:
+        run([sys.executable, "-c", fill_in_runs(block, clone)], clone, {})
+    elif block.startswith("make "):
+        if not shutil.which("make"):
+            pytest.skip("there is no make")
+        run(["make", "-n", *shlex.split(block)[1:]], clone, {})
+    elif block.startswith(ONLY_LOOKED_AT):
+        extras = {extra for names in re.findall(r"\.\[(.*?)\]", block) for extra in names.split(",")}
+        assert extras <= PROJECT["project"]["optional-dependencies"].keys()
+    elif block.startswith("cp "):
+        run(shlex.split(block), clone, {})
+    else:
+        variables, command = re.fullmatch(r"((?:\w+=\w+ )*)python (.*)", fill_in_runs(block, clone)).groups()
+        variables = dict(word.split("=") for word in variables.split())
+        run([sys.executable, *cut_down(command)], clone, variables)
+
+
+def test_logged_metrics_are_documented(clone: Path):
+    logged = set().union(*(read_curves(path) for path in (clone / "runs").glob("Hopper*__3__*"))) | WALL_CLOCK
+    if logged == WALL_CLOCK:
+        pytest.skip("needs the run that test_readme_runs makes")
+    assert logged == set(re.findall(r"^\| `(\w+/\w+)`", PAGE, re.MULTILINE))
+
+
+def test_flags_and_defaults_are_documented():
+    table = PAGE.split("\n## Flags\n")[1].split("\n## ")[0]
+    rows = "".join(line for line in table.splitlines() if line.startswith("|"))
+    documented = dict(re.findall(r"`--([\w-]+)`(?: \(([^,)]+))?", rows))
+    for field in dataclasses.fields(ppo_continuous.Args):
+        text, default = documented[field.name.replace("_", "-")], field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, int | float):
+            text = float(text)
+        assert text == ("" if default is None else default), field.name
+
+
+@pytest.mark.parametrize("text", [README, PAGE], ids=["README.md", "docs/ppo_continuous.md"])
+def test_mentioned_flags_exist(text: str):
+    known = {field.name for field in dataclasses.fields(ppo_continuous.Args)} | {"help"}
+    for flag in re.findall(r"`--([\w-]+)", text):
+        assert flag.removeprefix("no-").replace("-", "_") in known, flag
+
+
+@pytest.mark.parametrize("command", [block for block in blocks(PAGE) if "ppo_continuous.py" in block])
+def test_commands_of_the_page_are_understood(command: str):
+    ppo_continuous.parse_args(shlex.split(command)[2:])
+
+
+def test_names_of_the_page_exist():
+    """Every function, class and attribute in backticks is in the script."""
+    source = Path(ppo_continuous.__file__).read_text()
+    names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", PAGE)
+    files = {"checkpoint.pt", "best.pt"}
+    missing = [name for name in names if name not in files and name.split(".")[-1] not in source]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/ppo_continuous.md"])
+def test_links_lead_somewhere(path: str):
+    text = re.sub(r"<!--.*?-->", "", (REPOSITORY / path).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link.startswith("https://") or (REPOSITORY / path).parent.joinpath(link).exists(), link
+
+
+def test_scripts_are_listed():
+    """A script is in the README as planned or as there, and those that are there are installed."""
+    scripts = {path.name for path in REPOSITORY.glob("*.py")}
+    rows = dict(re.findall(r"^\| \[?`(\w+\.py)`.*? \| (planned|there) \|", README, re.MULTILINE))
+    assert {name for name, state in rows.items() if state == "there"} == scripts
+    assert {f"{name}.py" for name in PROJECT["tool"]["setuptools"]["py-modules"]} == scripts
+
+
+def test_constraints_cover_the_dependencies():
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    needed = {re.match(r"[\w-]+", line)[0] for group in groups for line in group}
+    pinned = {
+        re.match(r"[\w-]+", line)[0]
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    assert needed == pinned
