@@ -129,8 +129,13 @@ class Args:
         for name in ("learning_rate", "clip_coef", "kl_coef", "kl_target", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl must be positive, or None for no limit, got {self.target_kl}")
+        for name in ("ent_coef", "vf_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -206,22 +211,33 @@ def wrapper_layers(env: gym.Env) -> list[gym.Env]:
     return layers
 
 
-def stagger_time_limits(envs: list[gym.Env]) -> None:
-    """Lets environment i of N begin i/N into its time limit, so that the time limits do not fall together.
+def reset_all(envs: list[gym.Env], first_seed: int) -> np.ndarray:
+    """Resets N environments, with seeds from `first_seed` on, and returns the observations (N, D), float64.
 
-    In step, every batch would show one stretch of the episode only.
+    Environment i begins i/N into its time limit, so that the time limits do not fall together. In step, every
+    batch would show one stretch of the episode only.
     """
+    observations = np.array([env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)], np.float64)
     for i, env in enumerate(envs):
         for layer in wrapper_layers(env):
             if isinstance(layer, gym.wrappers.TimeLimit):
                 layer._elapsed_steps = i * layer._max_episode_steps // len(envs)
+    return observations
 
 
 def is_plain(x) -> bool:
-    """Whether a checkpoint can hold x: a Python or NumPy number, an array of numbers, a string or None."""
+    """Whether a checkpoint can hold x: a number, string or None, an array or a container of such."""
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind in "biuf"
-    return isinstance(x, bool | int | float | str | None)
+    values = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else [x]
+    return all(isinstance(value, bool | int | float | str | None) for value in values)
+
+
+# What an environment never changes, or what is saved in another way, by type and by name.
+NOT_STATE = (
+    gym.Env | gym.Space | gym.envs.registration.EnvSpec | np.random.Generator | mujoco.MjModel | mujoco.MjData
+)
+NOT_STATE_NAMES = ("metadata", "mujoco_renderer", "_ezpickle_args")
 
 
 def get_env_state(env: gym.Env) -> dict | None:
@@ -231,18 +247,15 @@ def get_env_state(env: gym.Env) -> dict | None:
     Gymnasium's classic control), and the simulation of a MuJoCo task.
     """
     core = env.unwrapped
-    constant = gym.Space | gym.envs.registration.EnvSpec | np.random.Generator
-    if not isinstance(core, MujocoEnv) and not all(
-        is_plain(x) or isinstance(x, constant) for x in vars(core).values()
-    ):
-        return None
     state = {"generator": core.np_random.bit_generator.state, "layers": []}
     for layer in wrapper_layers(env):
-        plain = {name: x for name, x in vars(layer).items() if is_plain(x)}
-        arrays = {
-            name: torch.tensor(x) for name, x in plain.items() if isinstance(x, np.ndarray | np.generic)
-        }
-        state["layers"].append(plain | arrays)
+        attributes = {}
+        for name, x in vars(layer).items():
+            if is_plain(x):
+                attributes[name] = torch.tensor(x) if isinstance(x, np.ndarray | np.generic) else x
+            elif not isinstance(x, NOT_STATE) and name not in NOT_STATE_NAMES and not callable(x):
+                return None
+        state["layers"].append(attributes)
     if isinstance(core, MujocoEnv):
         simulation = np.empty(mujoco.mj_stateSize(core.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(core.model, core.data, simulation, mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -343,17 +356,21 @@ class FrozenPolicy:
         self.observation_mean = array(agent.observation_statistics.mean)
         self.observation_scale = 1 / np.sqrt(array(agent.observation_statistics.variance) + 1e-8)
         self.low, self.high = array(agent.action_low), array(agent.action_high)
-        bounded = np.isfinite(self.low) & np.isfinite(self.high)
-        self.action_center = np.where(bounded, (self.low + self.high) / 2, 0).astype(np.float32)
-        self.action_scale = np.where(bounded, (self.high - self.low) / 2, 1).astype(np.float32)
+        bounded = np.maximum(-self.low, self.high) < 1e10  # "no bound" may be infinite, or the largest float
+        low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
+        self.action_center, self.action_scale = (low + high) / 2, (high - low) / 2
         self.std = array(agent.log_std.exp())
         self.actor, self.device = agent.actor, agent.log_std.device
         layers = agent.actor if isinstance(agent.actor, nn.Sequential) else [agent.actor]
         self.layers = []
         if all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers):
             for layer in layers:
-                linear = isinstance(layer, nn.Linear)
-                self.layers.append((array(layer.weight).T, array(layer.bias)) if linear else None)
+                if isinstance(layer, nn.Tanh):
+                    self.layers.append(None)
+                else:
+                    self.layers.append(
+                        (array(layer.weight).T, 0 if layer.bias is None else array(layer.bias))
+                    )
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         """Observations (..., D) less their mean, over their standard deviation, clipped to [-10, 10]."""
@@ -599,6 +616,10 @@ def collect_rollout(
     return observations, next_observations, actions, rewards, terminated, terminated | truncated
 
 
+EVALUATION_SEED = 10**12  # added to the seed: no start of the training is one of an evaluation
+MAX_EPISODE_STEPS = 100_000  # of an evaluation, in environments that never end an episode
+
+
 def evaluate(
     agent: Agent, env_id: str, episodes: int, seed: int, videos: Path | None = None, video_name: str = "video"
 ) -> np.ndarray:
@@ -613,12 +634,12 @@ def evaluate(
     returns = np.zeros(episodes)
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
-        done = False
-        while not done:
+        for _ in range(MAX_EPISODE_STEPS):
             action = policy.to_environment(policy.mean_action(observation[None]))
             observation, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
             returns[episode] += reward
-            done = terminated or truncated
+            if terminated or truncated:
+                break
     env.close()
     return returns
 
@@ -663,11 +684,7 @@ def train(args: Args, run: Path) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-    first_seed = args.seed * args.num_envs  # so that no two runs have a seed in common
-    latest = np.stack(
-        [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
-    )  # (N, D) observations
-    stagger_time_limits(envs)
+    latest = reset_all(envs, first_seed=args.seed * args.num_envs)  # no two runs have a seed in common
     space = envs[0].action_space
     agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
     optimizer = Adam(agent.parameters(), args.learning_rate)
@@ -687,8 +704,7 @@ def train(args: Args, run: Path) -> None:
         finished.extend(state["finished"])
         torch.set_rng_state(state["generator"])
         if None in state["envs"]:
-            first_seed += iteration * args.num_envs
-            latest = np.stack([env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)])
+            latest = reset_all(envs, first_seed=(args.seed + iteration) * args.num_envs)
             print(f"The state of {args.env_id} cannot be saved, so its episodes start anew")
         else:
             for env, env_state in zip(envs, state["envs"], strict=True):
@@ -728,7 +744,7 @@ def train(args: Args, run: Path) -> None:
         }
         wandb.init(**names, config=dataclasses.asdict(args), sync_tensorboard=True, resume="allow")
     # What was logged past the checkpoint is hidden; it will be logged again.
-    writer = SummaryWriter(str(run), purge_step=iteration * args.batch_size + 1 if iteration else None)
+    writer = SummaryWriter(str(run), purge_step=iteration * args.batch_size + 1 if iteration else 0)
 
     def log(metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -864,9 +880,6 @@ def train(args: Args, run: Path) -> None:
         wandb.finish()
 
 
-EVALUATION_SEED = 1_000_000  # added to the seed: no start of the training is one of an evaluation
-
-
 def main(args: Args) -> Path:
     """Trains, goes on with a run, or evaluates one; returns the run directory."""
     # For networks of this size a second thread costs more than it gives, in PyTorch as in NumPy.
@@ -875,6 +888,9 @@ def main(args: Args) -> Path:
     # MuJoCo would print a warning for each environment and write it to a file; Python shows it once.
     mujoco.set_mju_user_warning(warnings.warn)
     warnings.filterwarnings("ignore", ".*settotalmass")  # in Gymnasium's model of HalfCheetah
+    warnings.filterwarnings(
+        "ignore", ".*Overwriting existing videos"
+    )  # of one evaluation with those of the next
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(args.device, True):
         raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
@@ -891,6 +907,7 @@ def main(args: Args) -> Path:
     if args.resume:
         run = Path(args.resume)
     else:
+        make_env(args.env_id).close()  # refuses before there is a run directory
         name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
         run = Path(args.runs) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
