@@ -736,13 +736,15 @@ def train(args: Args, run: Path) -> None:
     if args.track:
         import wandb
 
-        names = {
-            "project": args.wandb_project_name,
-            "entity": args.wandb_entity,
-            "id": run.name,
-            "dir": str(run),
-        }
-        wandb.init(**names, config=dataclasses.asdict(args), sync_tensorboard=True, resume="allow")
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=run.name,  # a resumed run goes on in the same place
+            resume="allow",
+            dir=str(run),
+            config=dataclasses.asdict(args),
+            sync_tensorboard=True,
+        )
     # What was logged past the checkpoint is hidden; it will be logged again.
     writer = SummaryWriter(str(run), purge_step=iteration * args.batch_size + 1 if iteration else 0)
 
@@ -790,14 +792,14 @@ def train(args: Args, run: Path) -> None:
         next_observations = torch.from_numpy(policy.normalize(raw_next_observations)).to(device)
         actions = torch.from_numpy(actions).to(device).flatten(0, 1)
         rewards, done = torch.from_numpy(rewards), torch.from_numpy(done)
-        rewards = scale_rewards(rewards, done, discounted_return, args.gamma, agent.return_statistics).to(
-            device
-        )
-        terminated, done = torch.from_numpy(terminated).to(device), done.to(device)
+        rewards = scale_rewards(rewards, done, discounted_return, args.gamma, agent.return_statistics)
+        rewards, done = rewards.to(device), done.to(device)
+        terminated = torch.from_numpy(terminated).to(device)
         flat_observations = observations.flatten(0, 1)
         with torch.no_grad():
             old_means, old_log_std = agent.actor(flat_observations), agent.log_std.clone()
             old_log_probs = gaussian_log_prob(actions, old_means, old_log_std)
+        played = flat_observations, actions, old_means, old_log_std, old_log_probs
 
         # 3. Learn.
         totals, epochs = torch.zeros(len(METRICS), device=device), 0
@@ -813,27 +815,15 @@ def train(args: Args, run: Path) -> None:
                 explained_variance = (1 - (returns - values).var() / returns.var()).item()
             epoch_totals = torch.zeros_like(totals)
             for indices in torch.randperm(args.batch_size).view(args.num_minibatches, -1).to(device):
-                epoch_totals += update(
-                    indices,
-                    flat_observations,
-                    actions,
-                    old_means,
-                    old_log_std,
-                    old_log_probs,
-                    *targets,
-                    kl_coef,
-                )
+                epoch_totals += update(indices, *played, *targets, kl_coef)
             totals += epoch_totals
             epochs += 1
             epoch_kl = epoch_totals[METRICS.index("approx_kl")] / args.num_minibatches
             if args.target_kl and epoch_kl > 1.5 * args.target_kl:
                 break
         with torch.no_grad():
-            kl = (
-                gaussian_kl(old_means, old_log_std, agent.actor(flat_observations), agent.log_std)
-                .mean()
-                .item()
-            )
+            new_means = agent.actor(flat_observations)
+            kl = gaussian_kl(old_means, old_log_std, new_means, agent.log_std).mean().item()
         if args.surrogate == "kl-adaptive":  # Schulman et al. 2017, section 4
             kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 2 if kl > args.kl_target * 1.5 else 1
         if iteration > 1:
@@ -888,9 +878,7 @@ def main(args: Args) -> Path:
     # MuJoCo would print a warning for each environment and write it to a file; Python shows it once.
     mujoco.set_mju_user_warning(warnings.warn)
     warnings.filterwarnings("ignore", ".*settotalmass")  # in Gymnasium's model of HalfCheetah
-    warnings.filterwarnings(
-        "ignore", ".*Overwriting existing videos"
-    )  # of one evaluation with those of the next
+    warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # those of the evaluation before
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(args.device, True):
         raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
@@ -899,9 +887,8 @@ def main(args: Args) -> Path:
         run = Path(args.evaluate)
         agent, env_id = Agent.load(run), load_checkpoint(run)["args"]["env_id"]
         videos = (run if run.is_dir() else run.parent) / "videos" if args.capture_video else None
-        returns = evaluate(
-            agent, env_id, args.eval_episodes, args.seed + EVALUATION_SEED, videos, "evaluation"
-        )
+        seed = args.seed + EVALUATION_SEED
+        returns = evaluate(agent, env_id, args.eval_episodes, seed, videos, "evaluation")
         print(f"{env_id}: {returns.mean():.1f} ± {returns.std():.1f} over {args.eval_episodes} episodes")
         return run
     if args.resume:
