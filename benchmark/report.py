@@ -111,6 +111,13 @@ def aggregates(summaries: list[Summary]) -> str:
     return "\n".join(sentences)
 
 
+def extra_flags(summaries: list[Summary]) -> str:
+    """Which tasks do not run with the defaults of their script."""
+    tasks = [summary.task for summary in summaries if summary.task.flags]
+    listed = "; ".join(f"{task.label} on {task.environment} with `{' '.join(task.flags)}`" for task in tasks)
+    return f"All with the defaults of the scripts, but {listed}.\n" if tasks else ""
+
+
 def provenance(manifests: list[dict]) -> str:
     """Which commits, packages and processors the results come from."""
 
@@ -144,8 +151,15 @@ def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) ->
     aggregate = aggregates(summaries)
     manifests = [manifest for summary in summaries for manifest in summary.manifests]
     commands = f"    {manifests[0]['command']}"
-    parts = [f"# Results: {suite}\n", text + "\n", aggregate, EXPLANATION + "\n", *images]
+    parts = [
+        f"# Results: {suite}\n",
+        text + "\n",
+        extra_flags(summaries),
+        aggregate,
+        EXPLANATION + "\n",
+        *images,
+    ]
     parts += [f"The first of {len(manifests)} runs; each result has a manifest beside it:\n", commands + "\n"]
     parts.append(provenance(manifests))
     (results / suite / "README.md").write_text("\n".join(part for part in parts if part) + "\n")
-    return f"{text}\n\n{aggregate}".rstrip()
+    return f"{text}\n\n{extra_flags(summaries)}\n{aggregate}".rstrip()
