@@ -85,9 +85,9 @@ PPO_MUJOCO = {
     "InvertedDoublePendulum-v5": (evaluation(9231.3, "Tianshou"),),
 }
 
-# One set of defaults for all but two. On Hopper some seeds of the defaults never get beyond a leap and a fall;
-# more noise at the start and a longer lambda do. Swimmer's stroke pays off over hundreds of steps: with a discount
-# of 0.99 it stays near 40 to 120 in all published results. Suite mujoco-defaults has both without these flags.
+# One set of defaults for all but two. On Hopper some seeds of the defaults never get beyond a leap and fall;
+# more noise at the start and a longer lambda do. Swimmer's stroke pays off over hundreds of steps: at a
+# discount of 0.99 it stays near 40 to 120 in published results. Suite mujoco-defaults has both without flags.
 PPO_FLAGS = {
     "Hopper-v5": ("--gae-lambda", "0.95", "--log-std-init", "0"),
     "Swimmer-v5": ("--gamma", "0.9999", "--gae-lambda", "0.98"),
