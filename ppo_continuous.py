@@ -5,8 +5,9 @@ GAE(lambda) (Schulman et al. 2016), and takes a few epochs of minibatch steps to
 
     maximise  E[ min(r A, clip(r, 1 - eps, 1 + eps) A) ] - vf_coef E[ (V - R)^2 / 2 ] + ent_coef E[ H(pi) ],
 
-where r = pi(a|s) / pi_old(a|s) and R = A + V_old (Schulman et al. 2017, equations 7 and 9). `--surrogate` has
-the other rows of that paper's Table 1: a fixed or an adaptive KL penalty instead of the clip, or neither.
+where r = pi(a|s) / pi_old(a|s) and R = A + V, with V of the critic before the epoch (Schulman et al. 2017,
+equations 7 and 9). `--surrogate` has the other rows of that paper's Table 1: a fixed or an adaptive KL
+penalty instead of the clip, or neither.
 
     python ppo_continuous.py --env-id Hopper-v5 --seed 3
     python ppo_continuous.py --resume runs/Hopper-v5__ppo_continuous__3__20261120-101500
@@ -14,6 +15,7 @@ the other rows of that paper's Table 1: a fixed or an adaptive KL penalty instea
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -49,7 +51,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are trained; auto is the CPU, which is faster for networks of this size"""
     compile: bool = True
-    """compile the update with torch.compile, about 4 times faster; without a compiler it runs eagerly"""
+    """compile the update with torch.compile, about 4 times faster; it runs eagerly without a compiler"""
     checkpoint_interval: int = 100_000
     """environment steps between checkpoints"""
     eval_interval: int = 100_000
@@ -57,7 +59,7 @@ class Args:
     eval_episodes: int = 10
     """episodes of an evaluation"""
     resume: str | None = None
-    """run directory to go on with; its arguments are loaded first"""
+    """run directory to resume; its arguments are loaded first"""
     evaluate: str | None = None
     """run directory or checkpoint file to evaluate instead of training"""
 
@@ -81,11 +83,11 @@ class Args:
     surrogate: Literal["clip", "kl-fixed", "kl-adaptive", "none"] = "clip"
     """what keeps the policy near the old one"""
     clip_coef: float = 0.2
-    """eps, the range of the ratio that surrogate clip leaves untouched"""
+    """eps: surrogate clip leaves ratios in [1 - eps, 1 + eps] alone"""
     kl_coef: float = 1.0
-    """beta, the weight of the penalty of surrogate kl-fixed, and the first one of kl-adaptive"""
-    kl_target: float = 0.01
-    """KL(old, new) per iteration that kl-adaptive steers to, in nats"""
+    """beta, the weight of the penalty of surrogate kl-fixed, and its initial value for kl-adaptive"""
+    adaptive_kl_target: float = 0.01
+    """KL(old, new) of an iteration that kl-adaptive steers to, in nats"""
     target_kl: float | None = 0.02
     """end the epochs of an iteration once the mean KL of one exceeds 1.5 times this; None for no limit"""
     norm_adv: bool = True
@@ -97,12 +99,12 @@ class Args:
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
-    """longest gradient; a longer one is scaled down to it"""
+    """a gradient of a larger norm is scaled down to this one"""
     log_std_init: float = -0.5
-    """logarithm of the first standard deviation of the actions, in units of half the action range"""
+    """logarithm of the initial standard deviation of the actions, in units of half the action range"""
 
     # Logging
-    exp_name: str = "ppo_continuous"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the name of the run directory"""
     runs: str = "runs"
     """folder of the run directories"""
@@ -121,26 +123,23 @@ class Args:
         return self.num_envs * self.num_steps
 
     def __post_init__(self) -> None:
-        for (
-            name
-        ) in "total_timesteps num_envs num_steps update_epochs num_minibatches checkpoint_interval".split():
+        counts = "total_timesteps num_envs num_steps update_epochs num_minibatches checkpoint_interval"
+        for name in f"{counts} eval_episodes".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_coef", "kl_coef", "kl_target", "max_grad_norm"):
+        for name in ("learning_rate", "clip_coef", "kl_coef", "adaptive_kl_target", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl must be positive, or None for no limit, got {self.target_kl}")
-        for name in ("ent_coef", "vf_coef"):
-            if not getattr(self, name) >= 0:
+        for name in ("ent_coef", "vf_coef", "eval_interval"):
+            if not getattr(self, name) >= 0:  # not "< 0", which lets NaN through
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.eval_interval < 0 or self.eval_episodes < 1:
-            raise ValueError("eval_interval must be at least 0, and eval_episodes at least 1")
         if self.batch_size % self.num_minibatches:
             batch = f"num_envs x num_steps = {self.num_envs} x {self.num_steps} = {self.batch_size}"
             raise ValueError(f"num_minibatches = {self.num_minibatches} must divide the batch of {batch}")
@@ -214,8 +213,8 @@ def wrapper_layers(env: gym.Env) -> list[gym.Env]:
 def reset_all(envs: list[gym.Env], first_seed: int) -> np.ndarray:
     """Resets N environments, with seeds from `first_seed` on, and returns the observations (N, D), float64.
 
-    Environment i begins i/N into its time limit, so that the time limits do not fall together. In step, every
-    batch would show one stretch of the episode only.
+    Environment i begins i/N into its time limit, so that the time limits do not fall together. Otherwise
+    every batch would cover the same short stretch of all episodes.
     """
     observations = np.array([env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)], np.float64)
     for i, env in enumerate(envs):
@@ -226,17 +225,19 @@ def reset_all(envs: list[gym.Env], first_seed: int) -> np.ndarray:
 
 
 def is_plain(x) -> bool:
-    """Whether a checkpoint can hold x: a number, string or None, an array or a container of such."""
+    """Whether a checkpoint can hold x: a number, string or None, an array or a container of such.
+
+    By exact type: loading refuses subclasses, which may hide code.
+    """
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind in "biuf"
-    values = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else [x]
-    return all(isinstance(value, bool | int | float | str | None) for value in values)
+    values = [*x, *x.values()] if type(x) is dict else x if type(x) in (list, tuple) else [x]
+    return all(type(value) in (bool, int, float, str, type(None)) for value in values)
 
 
 # What an environment never changes, or what is saved in another way, by type and by name.
-NOT_STATE = (
-    gym.Env | gym.Space | gym.envs.registration.EnvSpec | np.random.Generator | mujoco.MjModel | mujoco.MjData
-)
+NOT_STATE = (gym.Env, gym.Space, gym.envs.registration.EnvSpec, np.random.Generator, type)
+NOT_STATE += (mujoco.MjModel, mujoco.MjData)
 NOT_STATE_NAMES = ("metadata", "mujoco_renderer", "_ezpickle_args")
 
 
@@ -247,19 +248,21 @@ def get_env_state(env: gym.Env) -> dict | None:
     Gymnasium's classic control), and the simulation of a MuJoCo task.
     """
     core = env.unwrapped
+    if not isinstance(core.np_random, np.random.Generator):
+        return None
     state = {"generator": core.np_random.bit_generator.state, "layers": []}
     for layer in wrapper_layers(env):
         attributes = {}
         for name, x in vars(layer).items():
             if is_plain(x):
                 attributes[name] = torch.tensor(x) if isinstance(x, np.ndarray | np.generic) else x
-            elif not isinstance(x, NOT_STATE) and name not in NOT_STATE_NAMES and not callable(x):
+            elif not (isinstance(x, NOT_STATE) or name in NOT_STATE_NAMES or inspect.isroutine(x)):
                 return None
         state["layers"].append(attributes)
     if isinstance(core, MujocoEnv):
         simulation = np.empty(mujoco.mj_stateSize(core.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(core.model, core.data, simulation, mujoco.mjtState.mjSTATE_INTEGRATION)
-        # Ant and Humanoid read the last two one substep late, so they do not follow from the first.
+        # Ant and Humanoid take their velocity from positions of bodies that lag the simulation by a substep.
         state["mujoco"] = [torch.tensor(x) for x in (simulation, core.data.xpos, core.data.xipos)]
     return state
 
@@ -346,7 +349,8 @@ class Agent(nn.Module):
 class FrozenPolicy:
     """The policy of this moment in NumPy, which has a fraction of the overhead of PyTorch for a few rows.
 
-    The network is read off `agent.actor`; one with other layers than Linear and Tanh is left to PyTorch.
+    The network is read off `agent.actor`. One with other layers than Linear and Tanh is left to PyTorch: then
+    it is the live module that is called, not a copy.
     """
 
     def __init__(self, agent: Agent):
@@ -356,26 +360,23 @@ class FrozenPolicy:
         self.observation_mean = array(agent.observation_statistics.mean)
         self.observation_scale = 1 / np.sqrt(array(agent.observation_statistics.variance) + 1e-8)
         self.low, self.high = array(agent.action_low), array(agent.action_high)
-        bounded = np.maximum(-self.low, self.high) < 1e10  # "no bound" may be infinite, or the largest float
+        # A dimension without two bounds is not scaled; "no bound" may be infinite, or the largest float.
+        bounded = np.maximum(-self.low, self.high) < 1e10
         low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
         self.action_center, self.action_scale = (low + high) / 2, (high - low) / 2
         self.std = array(agent.log_std.exp())
         self.actor, self.device = agent.actor, agent.log_std.device
-        layers = agent.actor if isinstance(agent.actor, nn.Sequential) else [agent.actor]
-        self.layers = []
-        if all(isinstance(layer, nn.Linear | nn.Tanh) for layer in layers):
+        layers = agent.actor if type(agent.actor) is nn.Sequential else [agent.actor]
+        self.layers = []  # (weight, bias) of a Linear, None for a Tanh; empty: left to PyTorch
+        if all(type(layer) in (nn.Linear, nn.Tanh) for layer in layers):
             for layer in layers:
-                if isinstance(layer, nn.Tanh):
-                    self.layers.append(None)
-                else:
-                    self.layers.append(
-                        (array(layer.weight).T, 0 if layer.bias is None else array(layer.bias))
-                    )
+                bias = 0 if getattr(layer, "bias", None) is None else array(layer.bias)
+                self.layers.append(None if type(layer) is nn.Tanh else (array(layer.weight).T, bias))
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         """Observations (..., D) less their mean, over their standard deviation, clipped to [-10, 10]."""
         x = (observations - self.observation_mean) * self.observation_scale
-        return np.minimum(np.maximum(x, -10), 10).astype(np.float32)
+        return np.minimum(np.maximum(x, -10), 10).astype(np.float32)  # np.clip, at less overhead
 
     def mean_action(self, observations: np.ndarray) -> np.ndarray:
         """Mean raw action (N, A) at observations (N, D) of the environment."""
@@ -398,8 +399,8 @@ class FrozenPolicy:
 def discounted_sum(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
     """y of y[t] = x[t] + decay[t] y[t + 1] along the first dimension, where y = 0 past the end.
 
-    By doubling (Hillis and Steele 1986): after pass k, y[t] holds the terms t to t + 2^k - 1. That is log2(T)
-    operations on whole tensors instead of T on rows, faster on a CPU and much faster on a GPU.
+    By doubling (Hillis and Steele 1986): before pass k = 0, 1, ..., x[t] holds the terms t to t + 2^k - 1 of
+    y[t]. So ceil(log2 T) passes over whole tensors replace a loop over T rows.
     """
     shift = 1
     while shift < len(x):
@@ -437,14 +438,15 @@ def scale_rewards(
 ) -> torch.Tensor:
     """Rewards (T, N) over the standard deviation of the discounted return so far, clipped to [-10, 10].
 
-    The mean stays: without it, long episodes would be worth less or more than they are. `discounted_return`
-    (N,) is what the running episodes have gathered; it and the statistics are updated in place.
+    The mean is not subtracted: that would add a constant to every step, and so change what the length of an
+    episode is worth. `discounted_return` (N,) is what the running episodes have gathered; it and the
+    statistics are updated in place.
     """
-    decay = gamma * (1 - done.to(rewards.dtype))
-    rewards_and_past = torch.cat((discounted_return[None], rewards))
-    # The sum runs forward in time here: reversed, y[t] = x[t] + decay[t - 1] y[t - 1].
-    decay = torch.cat((torch.zeros_like(decay[:1]), torch.full_like(decay[:1], gamma), decay[:-1]))
-    discounted = discounted_sum(rewards_and_past.flip(0), decay.flip(0)).flip(0)[1:]
+    # G[t] = r[t] + gamma (1 - done[t - 1]) G[t - 1], after the G carried over: discounted_sum, time reversed.
+    carried_and_rewards = torch.cat((discounted_return[None], rewards))
+    done_before = torch.cat((done.new_zeros(2, done.shape[1]), done[:-1]))
+    decay = gamma * (1 - done_before.to(rewards.dtype))
+    discounted = discounted_sum(carried_and_rewards.flip(0), decay.flip(0)).flip(0)[1:]
     discounted_return.copy_(discounted[-1] * (1 - done[-1].to(rewards.dtype)))
     statistics.update(discounted.flatten().numpy())
     return (rewards / (statistics.variance.cpu() + 1e-8).sqrt()).clamp(-10, 10)
@@ -498,7 +500,7 @@ class Adam:
     def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
         self.parameters = list(parameters)
         # Tensors, since each new number would compile the update anew.
-        self.learning_rate = torch.tensor(learning_rate, device=self.parameters[0].device)
+        self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.steps = torch.zeros_like(self.learning_rate)
         self.first_moments = [torch.zeros_like(p) for p in self.parameters]
         self.second_moments = [torch.zeros_like(p) for p in self.parameters]
@@ -590,8 +592,8 @@ def collect_rollout(
     """Plays T = num_steps steps in each of N environments; one is reset in the step that ends its episode.
 
     Returns observations and next_observations (T, N, D) as the environments give them, raw actions (T, N, A),
-    rewards, terminated and done (T, N). Updated in place are the `latest` observations (N, D), `running`, the
-    returns and lengths (2, N) of the running episodes, and `finished`, those of the last that ended.
+    rewards, terminated and done (T, N). Updates in place: `latest`, the current observations (N, D);
+    `running`, the return and length so far (2, N); `finished`, to which those of ended episodes are appended.
     """
     action_shape = envs[0].action_space.shape
     noise = policy.std * torch.randn(num_steps, len(envs), math.prod(action_shape)).numpy()
@@ -616,16 +618,17 @@ def collect_rollout(
     return observations, next_observations, actions, rewards, terminated, terminated | truncated
 
 
-EVALUATION_SEED = 10**12  # added to the seed: no start of the training is one of an evaluation
+EVALUATION_SEED = 1_000_000_000  # added to the seed: no start of the training is one of an evaluation
 MAX_EPISODE_STEPS = 100_000  # of an evaluation, in environments that never end an episode
 
 
 def evaluate(
     agent: Agent, env_id: str, episodes: int, seed: int, videos: Path | None = None, video_name: str = "video"
 ) -> np.ndarray:
-    """Returns (episodes,) of the deterministic policy, statistics frozen; episode i starts from seed + i.
+    """Undiscounted returns (episodes,) of the deterministic policy; episode i starts from seed + i.
 
-    Draws from no generator of the training. With `videos`, a folder, the first episode is recorded.
+    The statistics are frozen, and no generator of the training is drawn from. With `videos`, a folder, the
+    first episode is recorded.
     """
     env = make_env(env_id, render_mode="rgb_array" if videos else None)
     if videos:
@@ -680,16 +683,18 @@ def load_checkpoint(run: str | Path) -> dict:
 def train(args: Args, run: Path) -> None:
     """PPO (Schulman et al. 2017, algorithm 1); goes on from the checkpoint in `run` if there is one."""
     device = torch.device("cpu" if args.device == "auto" else args.device)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # this and the next for environments that draw from global generators
+    np.random.seed(args.seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-    latest = reset_all(envs, first_seed=args.seed * args.num_envs)  # no two runs have a seed in common
+    latest = reset_all(
+        envs, first_seed=args.seed * args.num_envs
+    )  # runs that differ in --seed only share no start
     space = envs[0].action_space
     agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
     optimizer = Adam(agent.parameters(), args.learning_rate)
     update = make_update(agent, optimizer, args)
-    kl_coef = torch.tensor(args.kl_coef, device=device)
+    kl_coef = torch.tensor(float(args.kl_coef), device=device)
     discounted_return = torch.zeros(args.num_envs)
     running, finished = np.zeros((2, args.num_envs)), deque(maxlen=100)  # returns and lengths of episodes
     iteration, best_return, elapsed = 0, -math.inf, 0.0
@@ -765,59 +770,59 @@ def train(args: Args, run: Path) -> None:
     num_iterations = math.ceil(args.total_timesteps / args.batch_size)
     if iteration == 0 and args.eval_interval:
         log_evaluation(0)
-    first = iteration * args.batch_size
-    progress = tqdm(total=num_iterations * args.batch_size, initial=first, unit=" steps", disable=None)
+    total, already = num_iterations * args.batch_size, iteration * args.batch_size
+    progress = tqdm(total=total, initial=already, unit=" steps", disable=None)  # None: on a terminal only
     last_line = -math.inf
 
-    while iteration < num_iterations:
+    first = iteration + 1
+    for iteration in range(first, num_iterations + 1):
         start = time.perf_counter()
-        if args.anneal_lr:
-            optimizer.learning_rate.fill_(args.learning_rate * (1 - iteration / num_iterations))
-        iteration += 1
         step = iteration * args.batch_size
+        if args.anneal_lr:
+            optimizer.learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
 
         # 1. Play.
         policy = FrozenPolicy(agent)
         raw_observations, raw_next_observations, actions, rewards, terminated, done = collect_rollout(
             envs, latest, policy, args.num_steps, running, finished
         )
-        seen = raw_observations.reshape(args.batch_size, -1)
+        batch_observations = raw_observations.reshape(args.batch_size, -1)
         if iteration == 1:
-            # There was nothing to normalise with, and a policy that starts near zero hardly looks at it.
-            agent.observation_statistics.update(seen)
+            # Played without statistics, scored with them: the two policies agree, because the last layer of
+            # the actor starts with gain 0.01, and its means are near 0 whatever it is shown.
+            agent.observation_statistics.update(batch_observations)
             policy = FrozenPolicy(agent)
 
         # 2. Turn what was seen into what the networks take.
         observations = torch.from_numpy(policy.normalize(raw_observations)).to(device)
         next_observations = torch.from_numpy(policy.normalize(raw_next_observations)).to(device)
-        actions = torch.from_numpy(actions).to(device).flatten(0, 1)
-        rewards, done = torch.from_numpy(rewards), torch.from_numpy(done)
+        actions = torch.from_numpy(actions).flatten(0, 1).to(device)
+        rewards, terminated, done = (torch.from_numpy(x) for x in (rewards, terminated, done))
         rewards = scale_rewards(rewards, done, discounted_return, args.gamma, agent.return_statistics)
-        rewards, done = rewards.to(device), done.to(device)
-        terminated = torch.from_numpy(terminated).to(device)
+        rewards, terminated, done = rewards.to(device), terminated.to(device), done.to(device)
         flat_observations = observations.flatten(0, 1)
         with torch.no_grad():
             old_means, old_log_std = agent.actor(flat_observations), agent.log_std.clone()
             old_log_probs = gaussian_log_prob(actions, old_means, old_log_std)
-        played = flat_observations, actions, old_means, old_log_std, old_log_probs
+        # What stays the same over the epochs, in the order in which update takes it.
+        fixed = flat_observations, actions, old_means, old_log_std, old_log_probs
 
         # 3. Learn.
-        totals, epochs = torch.zeros(len(METRICS), device=device), 0
-        while epochs < args.update_epochs:
-            if epochs == 0 or args.recompute_advantages:
+        totals = torch.zeros(len(METRICS), device=device)
+        for epoch in range(1, args.update_epochs + 1):
+            if epoch == 1 or args.recompute_advantages:
                 with torch.no_grad():
                     values, next_values = agent.value(observations), agent.value(next_observations)
                 advantages, returns = compute_gae(
                     rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda
                 )
                 targets = advantages.flatten(), returns.flatten()
-            if epochs == 0:
+            if epoch == 1:
                 explained_variance = (1 - (returns - values).var() / returns.var()).item()
             epoch_totals = torch.zeros_like(totals)
             for indices in torch.randperm(args.batch_size).view(args.num_minibatches, -1).to(device):
-                epoch_totals += update(indices, *played, *targets, kl_coef)
+                epoch_totals += update(indices, *fixed, *targets, kl_coef)
             totals += epoch_totals
-            epochs += 1
             epoch_kl = epoch_totals[METRICS.index("approx_kl")] / args.num_minibatches
             if args.target_kl and epoch_kl > 1.5 * args.target_kl:
                 break
@@ -825,20 +830,24 @@ def train(args: Args, run: Path) -> None:
             new_means = agent.actor(flat_observations)
             kl = gaussian_kl(old_means, old_log_std, new_means, agent.log_std).mean().item()
         if args.surrogate == "kl-adaptive":  # Schulman et al. 2017, section 4
-            kl_coef *= 0.5 if kl < args.kl_target / 1.5 else 2 if kl > args.kl_target * 1.5 else 1
+            kl_coef *= (
+                0.5 if kl < args.adaptive_kl_target / 1.5 else 2 if kl > args.adaptive_kl_target * 1.5 else 1
+            )
         if iteration > 1:
-            agent.observation_statistics.update(seen)
+            agent.observation_statistics.update(batch_observations)
 
         # 4. Log, evaluate, save.
-        losses = dict(zip(METRICS, (totals / (epochs * args.num_minibatches)).tolist())) | {"kl": kl}
+        losses = dict(zip(METRICS, (totals / (epoch * args.num_minibatches)).tolist())) | {"kl": kl}
         for name, value in losses.items():
             if not math.isfinite(value):
                 causes = "rewards or observations that are not finite, or too high a learning rate"
-                raise SystemExit(f"{name} is {value} at step {step:,}; look for {causes}. Kept: {run}")
+                raise SystemExit(
+                    f"{name} is {value} at step {step:,}; look for {causes}. {run} keeps the last checkpoint"
+                )
         seconds = time.perf_counter() - start
         elapsed += seconds
         log({f"losses/{name}": value for name, value in losses.items()}, step)
-        log({"losses/explained_variance": explained_variance, "losses/epochs": epochs}, step)
+        log({"losses/explained_variance": explained_variance, "losses/epochs": epoch}, step)
         log({"charts/learning_rate": optimizer.learning_rate, "charts/kl_coef": kl_coef}, step)
         log({"charts/action_std": policy.std.mean(), "charts/SPS": args.batch_size / seconds}, step)
         log({"time/elapsed": elapsed}, step)
@@ -846,6 +855,7 @@ def train(args: Args, run: Path) -> None:
         if finished:
             training_return, length = np.mean(finished, axis=0)
             log({"charts/episodic_return": training_return, "charts/episodic_length": length}, step)
+        # step % interval < batch_size: a multiple of the interval was reached in this iteration.
         last = iteration == num_iterations
         if args.eval_interval and (last or step % args.eval_interval < args.batch_size):
             evaluation = log_evaluation(step)

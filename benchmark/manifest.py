@@ -69,7 +69,7 @@ def describe() -> dict:
         "processor": processor(),
         "cores": len(available_cores()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

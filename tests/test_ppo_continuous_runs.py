@@ -515,7 +515,12 @@ def test_adaptive_coefficient_follows_the_rule(tmp_path):
     """Schulman et al. 2017, section 4: halved where KL < target / 1.5, doubled where KL > 1.5 target."""
     changes = set()
     for learning_rate in (1e-5, 3e-4, 1e-2):
-        settings = {"surrogate": "kl-adaptive", "kl_target": 0.002, "kl_coef": 3.0, "target_kl": None}
+        settings = {
+            "surrogate": "kl-adaptive",
+            "adaptive_kl_target": 0.002,
+            "kl_coef": 3.0,
+            "target_kl": None,
+        }
         settings |= {"eval_interval": 0, "learning_rate": learning_rate, "anneal_lr": False}
         curves = read_curves(train(tmp_path / str(learning_rate), **settings, total_timesteps=1280))
         beta = 3.0

@@ -175,10 +175,10 @@ def test_links_lead_somewhere(path: str):
 
 
 def test_scripts_are_listed():
-    """A script is in the README as planned or as there, and those that are there are installed."""
+    """A script is in the README as planned or as ready, and those that are ready are installed."""
     scripts = {path.name for path in REPOSITORY.glob("*.py")}
-    rows = dict(re.findall(r"^\| \[?`(\w+\.py)`.*? \| (planned|there) \|", README, re.MULTILINE))
-    assert {name for name, state in rows.items() if state == "there"} == scripts
+    rows = dict(re.findall(r"^\| \[?`(\w+\.py)`.*? \| (planned|ready) \|", README, re.MULTILINE))
+    assert {name for name, state in rows.items() if state == "ready"} == scripts
     assert {f"{name}.py" for name in PROJECT["tool"]["setuptools"]["py-modules"]} == scripts
 
 
