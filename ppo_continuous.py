@@ -569,13 +569,16 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
         return update
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
+    # Calls from kernel to kernel in C++ instead of Python, and without their checks: a quarter faster.
+    options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
+    options = options if optimizer.steps.device.type == "cpu" else {}
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=optimizer.steps.device))
+        torch.compile(lambda x: x + 1, options=options)(torch.zeros(8, device=optimizer.steps.device))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:150]
         print(f"torch.compile does not work here, the update runs eagerly, about 4 times slower: {reason}")
         return update
-    return torch.compile(update, dynamic=False)
+    return torch.compile(update, dynamic=False, options=options)
 
 
 # ----------------------------------------------------------------------------- rollout and evaluation
@@ -693,7 +696,6 @@ def train(args: Args, run: Path) -> None:
     space = envs[0].action_space
     agent = Agent(latest.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init).to(device)
     optimizer = Adam(agent.parameters(), args.learning_rate)
-    update = make_update(agent, optimizer, args)
     kl_coef = torch.tensor(float(args.kl_coef), device=device)
     discounted_return = torch.zeros(args.num_envs)
     running, finished = np.zeros((2, args.num_envs)), deque(maxlen=100)  # returns and lengths of episodes
@@ -770,6 +772,7 @@ def train(args: Args, run: Path) -> None:
     num_iterations = math.ceil(args.total_timesteps / args.batch_size)
     if iteration == 0 and args.eval_interval:
         log_evaluation(0)
+    update = make_update(agent, optimizer, args)  # after the evaluation: compiling anew takes half a minute
     total, already = num_iterations * args.batch_size, iteration * args.batch_size
     progress = tqdm(total=total, initial=already, unit=" steps", disable=None)  # None: on a terminal only
     last_line = -math.inf
