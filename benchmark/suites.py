@@ -93,6 +93,35 @@ PPO_FLAGS = {
     "Swimmer-v5": ("--gamma", "0.9999", "--gae-lambda", "0.98"),
 }
 
+# The best public evaluations of TRPO at 1M steps: Tianshou's, as above, and sb3-contrib's at the end of
+# training, mean of 3 seeds, with settings tuned for each task. None is for v5.
+TRPO_MUJOCO = {
+    "HalfCheetah-v5": (evaluation(4471.2, "Tianshou"), evaluation(1803, "sb3-contrib")),
+    "Hopper-v5": (evaluation(3372, "sb3-contrib"), evaluation(2046.0, "Tianshou")),
+    "Walker2d-v5": (evaluation(4502, "sb3-contrib"), evaluation(3826.7, "Tianshou")),
+    "Ant-v5": (evaluation(3554, "sb3-contrib"), evaluation(2866.7, "Tianshou")),
+    "Swimmer-v5": (evaluation(359, "sb3-contrib, gamma 0.9999"), evaluation(40.9, "Tianshou")),
+    "InvertedPendulum-v5": (evaluation(1000, "Tianshou"),),
+    "InvertedDoublePendulum-v5": (evaluation(8435.2, "Tianshou"),),
+}
+STEPS_OF_TRPO = (
+    "losses/kl",
+    "losses/improvement",
+    "losses/expected_improvement",
+    "losses/backtracks",
+    "losses/step_accepted",
+    "losses/cg_residual",
+    "losses/explained_variance",
+)
+
+
+def trpo(environment: str, total_timesteps: int = 1_000_000, *flags: str, label: str = "") -> Task:
+    references = TRPO_MUJOCO[environment]
+    return Task(
+        "trpo_mujoco.py", environment, total_timesteps, flags, label, references, other_tags=STEPS_OF_TRPO
+    )
+
+
 SUITES: dict[str, list[Task]] = {
     "mujoco": [
         Task(
@@ -105,6 +134,15 @@ SUITES: dict[str, list[Task]] = {
         for environment in PPO_FLAGS
     ],
     "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
+    "trpo": [
+        *(trpo(environment) for environment in TRPO_MUJOCO),
+        trpo("Swimmer-v5", 1_000_000, "--gamma", "0.9999", label="trpo_gamma_0.9999"),
+    ],
+    "trpo-step-rules": [
+        trpo(environment, 500_000, "--step-rule", rule, label=rule)
+        for environment in ("HalfCheetah-v5", "Hopper-v5")
+        for rule in ("trust-region", "natural-gradient", "line-search")
+    ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
 }
 
