@@ -49,54 +49,71 @@ def mean_curve(summary: Summary, tag: str) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.array([np.interp(grid, steps, values) for steps, values in seeds])
 
 
-def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluation: bool) -> None:
-    """One variant: seeds thin, their mean thick, with the 95% bootstrap interval of the mean."""
+def draw_curve(
+    axes: Axes,
+    summary: Summary,
+    axis: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    color: str,
+    label: str,
+    marker: str | None = None,
+) -> None:
+    """Values (S, K) at steps (K,): seeds thin, their mean thick, with its 95% bootstrap interval."""
     elapsed_steps, elapsed = mean_curve(summary, ELAPSED)
-    if axis == "time" and not elapsed.size:
+    if not values.size or axis == "time" and not elapsed.size:
         return
+    if axis == "steps":
+        x = steps / 1e6
+    else:  # the mean time of the seeds, so that the curves have the shape that they have against steps
+        x = np.interp(steps, np.append(0, elapsed_steps), np.append(0, elapsed.mean(0) / 60))
+    axes.plot(x, values.T, color=color, linewidth=0.5, alpha=0.4)
+    axes.plot(x, values.mean(0), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
+    low, high = bootstrap_interval([values], np.mean)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
-    def draw(
-        steps: np.ndarray, values: np.ndarray, color: str, label: str, marker: str | None = None
-    ) -> None:
-        """Values (S, K) at steps (K,)."""
-        if axis == "steps":
-            x = steps / 1e6
-        else:  # the mean time of the seeds, so that the curves have the shape that they have against steps
-            x = np.interp(steps, np.append(0, elapsed_steps), np.append(0, elapsed.mean(0) / 60))
-        axes.plot(x, values.T, color=color, linewidth=0.5, alpha=0.4)
-        axes.plot(x, values.mean(0), color=color, linewidth=1.8, marker=marker, markersize=3, label=label)
-        low, high = bootstrap_interval([values], np.mean)
-        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
-    steps, values = mean_curve(summary, summary.task.training_tag)
-    if values.size:
-        draw(steps, values, color, "training, last 100 episodes" if with_evaluation else summary.task.label)
-    if with_evaluation and summary.evaluations.size:
-        draw(summary.evaluation_steps, summary.evaluations, EVALUATION_COLOR, "evaluation", marker="o")
+def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluation: bool) -> None:
+    """The training of one variant, and its evaluations if there is no other."""
+    label = "training, last 100 episodes" if with_evaluation else summary.task.label
+    draw_curve(axes, summary, axis, *mean_curve(summary, summary.task.training_tag), color, label)
+    if with_evaluation:
+        evaluations = summary.evaluation_steps, summary.evaluations
+        draw_curve(axes, summary, axis, *evaluations, EVALUATION_COLOR, "evaluation", marker="o")
 
 
 def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
     """One panel per environment, against `axis` "steps" or "time"; dotted lines are published figures.
 
-    With one variant there are its training and its evaluation; with several the training of each.
+    With one variant there are its training and its evaluation; with several the training of each. The
+    `drawn_tag` of the tasks has a panel of its own.
     """
     environments = list(dict.fromkeys(summary.task.environment for summary in summaries))
+    panels = [(environment, "") for environment in environments]
+    drawn = dict.fromkeys((summary.task.environment, summary.task.drawn_tag) for summary in summaries)
+    panels += [(environment, tag) for environment, tag in drawn if tag]
     labels = list(dict.fromkeys(summary.task.label for summary in summaries))
-    columns = min(3, len(environments))
-    rows = -(-len(environments) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with rc_context(STYLE):
         size = (4 * columns + 0.5, 2.8 * rows + 0.7)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(environments) :]:
+        for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes, environment in zip(grid.flat, environments, strict=False):
-            axes.set_title(environment, fontsize=10)
+        for axes, (environment, tag) in zip(grid.flat, panels, strict=False):
+            axes.set_title(f"{environment}: {tag}" if tag else environment, fontsize=10)
             axes.set_xlabel("million steps" if axis == "steps" else "minutes")
             here = [summary for summary in summaries if summary.task.environment == environment]
             for summary in here:
                 color = COLORS[labels.index(summary.task.label) % len(COLORS)]
-                draw_task(axes, summary, axis, color, with_evaluation=len(labels) == 1)
+                if tag:
+                    axes.set_yscale("log")
+                    draw_curve(axes, summary, axis, *mean_curve(summary, tag), color, summary.task.label)
+                else:
+                    draw_task(axes, summary, axis, color, with_evaluation=len(labels) == 1)
+            if tag:
+                continue
             for reference in dict.fromkeys(
                 reference for summary in here for reference in summary.task.references
             ):

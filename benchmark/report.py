@@ -40,7 +40,9 @@ def table_row(summary: Summary) -> list[str]:
     evaluations = summary.evaluations
     published = {metric: "–" for metric in ("evaluation", "training")}
     for reference in summary.task.references:
-        published[reference.metric] = f"{number(reference.value)} ({reference.source})"
+        text = f"{number(reference.value)} ({reference.source})"
+        known = published[reference.metric]
+        published[reference.metric] = text if known == "–" else f"{known}, {text}"
     evaluation_cells = ["–"] * 4
     if evaluations.size:
         final, peak = evaluations[:, -1], evaluations[:, evaluations.mean(0).argmax()]
@@ -96,17 +98,16 @@ def aggregates(summaries: list[Summary]) -> str:
     """One sentence per variant that has several environments with a published evaluation."""
     sentences = []
     for label in dict.fromkeys(summary.task.label for summary in summaries):
-        groups = [
-            reference_ratio(summary.evaluations[:, -1], reference.value)
-            for summary in summaries
-            for reference in summary.task.references
-            if summary.task.label == label and reference.metric == "evaluation" and summary.evaluations.size
-        ]
+        groups = []
+        for summary in summaries:
+            references = [r.value for r in summary.task.references if r.metric == "evaluation"]
+            if summary.task.label == label and references and summary.evaluations.size:
+                groups.append(reference_ratio(summary.evaluations[:, -1], max(references)))
         if len(groups) > 1:
             sentences.append(
-                f"`{label}`, final evaluation relative to the published one (1 is equal, more is better): "
-                f"IQM over {len(groups)} environments {iqm_and_interval(groups)}, with the 95% interval of a "
-                "bootstrap stratified by environment.\n"
+                f"`{label}`, final evaluation relative to the best published one (1 is equal, more is "
+                f"better): IQM over {len(groups)} environments {iqm_and_interval(groups)}, with the 95% "
+                "interval of a bootstrap stratified by environment.\n"
             )
     return "\n".join(sentences)
 

@@ -41,6 +41,8 @@ class Task:
     evaluation_tag: str = EVALUATION
     other_tags: tuple[str, ...] = LOSSES
     """what else to keep of the logged scalars"""
+    drawn_tag: str = ""
+    """one of these that has a panel of its own in the figures, on a logarithmic scale"""
 
     def __post_init__(self) -> None:
         self.label = self.label or Path(self.script).stem
@@ -122,6 +124,39 @@ def trpo(environment: str, total_timesteps: int = 1_000_000, *flags: str, label:
     )
 
 
+# Tianshou's evaluations of REINFORCE, as above, at 3M steps, on v3.
+REINFORCE_MUJOCO = {
+    "HalfCheetah-v5": 884.0,
+    "Hopper-v5": 395.8,
+    "Walker2d-v5": 412.0,
+    "InvertedPendulum-v5": 999.2,
+}
+GRADIENT_OF_REINFORCE = (
+    "losses/gradient_variance",
+    "losses/grad_norm",
+    "losses/entropy",
+    "losses/explained_variance",
+)
+ESTIMATORS = ("total_return", "reward_to_go", "baseline", "q_value", "advantage", "td_residual")
+
+
+def reinforce(
+    environment: str, total_timesteps: int, *flags: str, label: str = "", drawn_tag: str = ""
+) -> Task:
+    known = REINFORCE_MUJOCO.get(environment)
+    references = (evaluation(known, "Tianshou, 3M"),) if known else ()
+    return Task(
+        "reinforce.py",
+        environment,
+        total_timesteps,
+        flags,
+        label,
+        references,
+        other_tags=GRADIENT_OF_REINFORCE,
+        drawn_tag=drawn_tag,
+    )
+
+
 SUITES: dict[str, list[Task]] = {
     "mujoco": [
         Task(
@@ -142,6 +177,18 @@ SUITES: dict[str, list[Task]] = {
         trpo(environment, 500_000, "--step-rule", rule, label=rule)
         for environment in ("HalfCheetah-v5", "Hopper-v5")
         for rule in ("trust-region", "natural-gradient", "line-search")
+    ],
+    "reinforce": [reinforce(environment, 3_000_000) for environment in REINFORCE_MUJOCO],
+    # Weights as they are, without normalisation, so that their noise can be compared.
+    "estimators": [
+        reinforce(
+            "CartPole-v1",
+            300_000,
+            *("--estimator", estimator, "--no-norm-returns"),
+            label=estimator,
+            drawn_tag="losses/gradient_variance",
+        )
+        for estimator in ESTIMATORS
     ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
 }
