@@ -13,9 +13,10 @@ whose expectation is the gradient of the expected return. Psi is the choice of `
     advantage      GAE(lambda) (Schulman et al. 2016, equation 16)
     td_residual    r_t + gamma V(s_t+1) - V(s_t)
 
-The first three are unbiased whatever V is, and each is less noisy than the one before; the other three have
-less noise still, and the bias of V. How noisy g is, is logged: the trace of its covariance over the episodes
-of a batch. (The gradient of the discounted return has a factor gamma^t with Psi_t: `--discount-states`.)
+The first three are unbiased whatever V is, but where a time limit cuts an episode, and each is less noisy than
+the one before; the other three have less noise still, and the bias of V. How noisy g is, is logged: the trace
+of its covariance over the episodes of a batch. The gradient of the discounted return has a factor gamma^t with
+Psi_t, which only G_0 contains, and which practice leaves out: `--discount-states`.
 
     python reinforce.py --estimator total_return --seed 3
     python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 3000000
@@ -80,7 +81,7 @@ class Args:
     norm_returns: bool = True
     """normalise Psi over the steps of a batch, to mean 0 and standard deviation 1"""
     discount_states: bool = False
-    """multiply Psi_t by gamma^t, as the gradient of the discounted return has it; hardly anybody does"""
+    """multiply Psi_t by gamma^t (total_return has it already), for the gradient of the discounted return"""
     gamma: float = 0.99
     """discount factor, in [0, 1]"""
     gae_lambda: float = 0.95
@@ -650,10 +651,10 @@ def train(args: Args, run: Path) -> None:
         weights = policy_gradient_weights(*estimate, args.gae_lambda, args.estimator)
         _, returns = compute_gae(*estimate, args.gae_lambda)
         mask = torch.from_numpy(valid).to(device)
-        if args.discount_states:
+        if args.discount_states and args.estimator != "total_return":
             weights = weights * args.gamma ** torch.arange(len(weights), device=device)[:, None]
         if args.norm_returns:
-            weights = (weights - weights[mask].mean()) / (weights[mask].std() + 1e-8)
+            weights = (weights - weights[mask].mean()) / (weights[mask].std(correction=0) + 1e-8)
 
         # 3. Learn: one step of the policy, then some of the critic.
         # Over the mean length, which changes no direction: Adam would be slow to follow longer episodes.

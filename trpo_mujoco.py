@@ -80,7 +80,7 @@ class Args:
     """normalise the advantages of each iteration"""
     step_rule: Literal["trust-region", "natural-gradient", "line-search"] = "trust-region"
     """TRPO; its step without the line search; or a line search along the gradient, without a trust region"""
-    max_kl: float = 0.01
+    max_kl: float = 0.04
     """delta, the radius of the trust region: mean KL(old, new) of a step, in nats"""
     cg_iterations: int = 10
     """iterations of conjugate gradient, of one Fisher-vector product each"""
@@ -777,7 +777,7 @@ def load_checkpoint(run: str | Path) -> dict:
 
 
 def train(args: Args, run: Path) -> None:
-    """TRPO (Schulman et al. 2015, section 6.1); goes on from the checkpoint in `run` if there is one."""
+    """TRPO (Schulman et al. 2015, section 6); goes on from the checkpoint in `run` if there is one."""
     device = torch.device("cpu" if args.device == "auto" else args.device)
     torch.manual_seed(args.seed)
     random.seed(args.seed)  # this and the next for environments that draw from global generators
