@@ -13,10 +13,10 @@ whose expectation is the gradient of the expected return. Psi is the choice of `
     advantage      GAE(lambda) (Schulman et al. 2016, equation 16)
     td_residual    r_t + gamma V(s_t+1) - V(s_t)
 
-The first three are unbiased whatever V is, but where a time limit cuts an episode, and each is less noisy than
-the one before; the other three have less noise still, and the bias of V. How noisy g is, is logged: the trace
-of its covariance over the episodes of a batch. The gradient of the discounted return has a factor gamma^t with
-Psi_t, which only G_0 contains, and which practice leaves out: `--discount-states`.
+The first three are unbiased whatever V is, but where a time limit cuts an episode, and each is less noisy
+than the one before; the other three have less noise still, and the bias of V. How noisy g is, is logged: the
+trace of its covariance over the episodes of a batch. The gradient of the discounted return has a factor
+gamma^t with Psi_t, which only G_0 contains, and which practice leaves out: `--discount-states`.
 
     python reinforce.py --estimator total_return --seed 3
     python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 3000000
