@@ -27,10 +27,12 @@ def top_level(source: str) -> dict[str, tuple[str, bool]]:
     return blocks
 
 
-def find_problems(listed: dict[str, list[str]], scripts: dict[str, str]) -> list[str]:
+def find_problems(listed: dict[str, list], scripts: dict[str, str]) -> list[str]:
     """One sentence for each copy that is missing, has drifted, or is not listed."""
     blocks, problems = {file: top_level(source) for file, source in scripts.items()}, []
-    for name, files in listed.items():
+    # A name that stands for several texts has a list of files for each of them.
+    texts = {name: files if isinstance(files[0], list) else [files] for name, files in listed.items()}
+    for name, files in [(name, files) for name, lists in texts.items() for files in lists]:
         present = [file for file in files if name in blocks.get(file, {})]
         problems += [f"{file} has no {name}" for file in files if file not in present]
         problems += [
@@ -44,7 +46,7 @@ def find_problems(listed: dict[str, list[str]], scripts: dict[str, str]) -> list
             if (
                 is_definition
                 and text == blocks[other][name][0]
-                and not {one, other} <= {*listed.get(name, [])}
+                and not any({one, other} <= {*files} for files in texts.get(name, []))
             ):
                 problems.append(
                     f"{name} is the same in {one} and {other}, and shared_blocks.toml does not say so"
@@ -88,13 +90,18 @@ TWO = {"a.py": "LIMIT = 1\ndef f(x):\n    return x\n", "b.py": "LIMIT = 1\ndef f
         ({"f": ["a.py", "b.py"], "LIMIT": ["a.py", "b.py"]}, ("= 1", "= 1  # why"), "LIMIT differs between"),
         ({}, ("", ""), "f is the same in a.py and b.py, and shared_blocks.toml does not say so"),
         ({"f": ["a.py"]}, ("", ""), "f is the same in a.py and b.py, and shared_blocks.toml does not say so"),
+        ({"f": [["a.py", "b.py"], ["c.py", "d.py"]]}, ("", ""), None),
+        ({"f": [["c.py", "d.py"], ["a.py", "b.py"]]}, ("return x", "return 0"), "f differs between a.py and"),
         ({}, ("return x", "return x + 1"), None),  # the same name may stand for something else elsewhere
     ],
 )
 def test_problems_are_found(listed, change, problem):
-    problems = find_problems(
-        listed, TWO | {"b.py": TWO["b.py"].replace(*change) if change[0] else TWO["b.py"]}
+    changed = {"b.py": TWO["b.py"].replace(*change)} if change[0] else {}
+    other = "LIMIT = 1\ndef f(x):\n    return -x\n"
+    both = (
+        {"c.py": other, "d.py": other} if any(isinstance(files[0], list) for files in listed.values()) else {}
     )
+    problems = find_problems(listed, TWO | changed | both)
     assert len(problems) == (problem is not None)
     assert all(problem in found for found in problems)
 
