@@ -1,34 +1,44 @@
 """What the speed comparison measures beside the scripts, each in a process of its own.
 
-python -m benchmark.peers sb3 --num-envs 8 --num-steps 256 --runs DIR
+python -m benchmark.peers sb3 --algorithm ppo --env-id HalfCheetah-v5 --num-envs 8 --num-steps 256 --runs DIR
 Each logs to TensorBoard in DIR, once per iteration, as the scripts do.
 """
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import tyro
 
 
-def sb3(env_id: str, num_envs: int, num_steps: int, total_timesteps: int, runs: Path) -> None:
-    """PPO of Stable-Baselines3, default networks, 10 epochs of minibatches of 64, normalised as ours is."""
-    from stable_baselines3 import PPO
+def sb3(
+    algorithm: Literal["ppo", "a2c", "trpo"],
+    env_id: str,
+    num_envs: int,
+    num_steps: int,
+    total_timesteps: int,
+    runs: Path,
+) -> None:
+    """Stable-Baselines3, or sb3-contrib for TRPO, with default networks; MuJoCo is normalised as ours is."""
+    import stable_baselines3
+    from gymnasium.envs.mujoco import MujocoEnv
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.logger import configure
     from stable_baselines3.common.vec_env import VecNormalize
 
-    envs = VecNormalize(make_vec_env(env_id, n_envs=num_envs, seed=1))
-    model = PPO(
-        "MlpPolicy",
-        envs,
-        n_steps=num_steps,
-        batch_size=64,
-        n_epochs=10,
-        learning_rate=3e-4,
-        seed=1,
-        device="cpu",
-    )
+    envs = make_vec_env(env_id, n_envs=num_envs, seed=1)
+    if isinstance(envs.envs[0].unwrapped, MujocoEnv):
+        envs = VecNormalize(envs)
+    common = {"policy": "MlpPolicy", "env": envs, "n_steps": num_steps, "seed": 1, "device": "cpu"}
+    if algorithm == "ppo":
+        model = stable_baselines3.PPO(batch_size=64, n_epochs=10, learning_rate=3e-4, **common)
+    elif algorithm == "a2c":
+        model = stable_baselines3.A2C(**common)
+    else:
+        from sb3_contrib import TRPO
+
+        model = TRPO(batch_size=128, n_critic_updates=10, cg_max_steps=15, cg_damping=0.1, **common)
     model.set_logger(configure(str(runs), ["tensorboard"]))
     model.learn(total_timesteps)
 

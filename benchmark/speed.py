@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmark import manifest
@@ -26,9 +26,11 @@ class Comparison:
 
     name: str
     batch_size: int
-    """steps per iteration, over all environments"""
+    """steps per iteration, over all environments; or per entry of the log, if it has not one per iteration"""
     programs: dict[str, list[str]]
     """arguments after `python`, by name: "ours", and the names of peers"""
+    batch_sizes: dict[str, int] = field(default_factory=dict)
+    """those of programs that are to run for longer or shorter than the others"""
 
 
 def ppo_continuous(num_envs: int, num_steps: int) -> Comparison:
@@ -40,9 +42,25 @@ def ppo_continuous(num_envs: int, num_steps: int) -> Comparison:
         num_envs * num_steps,
         {
             "ours": ["ppo_continuous.py", *sizes, *equal],
-            "sb3": ["-m", "benchmark.peers", "sb3", *sizes],
+            "sb3": ["-m", "benchmark.peers", "sb3", "--algorithm", "ppo", *sizes],
             "raw": ["-m", "benchmark.peers", "raw", *sizes],
         },
+    )
+
+
+def sb3(algorithm: str, env_id: str, num_envs: int, num_steps: int) -> list[str]:
+    sizes = ["--env-id", env_id, "--num-envs", str(num_envs), "--num-steps", str(num_steps)]
+    return ["-m", "benchmark.peers", "sb3", "--algorithm", algorithm, *sizes]
+
+
+def trpo(num_envs: int, num_steps: int) -> Comparison:
+    """HalfCheetah-v5, sb3-contrib's defaults: 15 products, 10 epochs of minibatches of 128, radius 0.01."""
+    ours = ["trpo_mujoco.py", "--num-envs", str(num_envs), "--num-steps", str(num_steps)]
+    ours += ["--cg-iterations", "15", "--max-kl", "0.01", "--eval-interval", "0"]
+    return Comparison(
+        f"trpo_mujoco, HalfCheetah-v5, {num_envs} x {num_steps}",
+        num_envs * num_steps,
+        {"ours": ours, "sb3": sb3("trpo", "HalfCheetah-v5", num_envs, num_steps)},
     )
 
 
@@ -56,6 +74,34 @@ COMPARISONS = [
             "ours": ["ppo_continuous.py", "--env-id", "HalfCheetah-v5", "--eval-interval", "0"],
             "raw": ppo_continuous(32, 64).programs["raw"],
         },
+    ),
+    trpo(1, 2048),
+    trpo(16, 128),
+    Comparison(
+        "ppo_discrete, CartPole-v1, 8 x 128, 10 epochs of minibatches of 64",
+        1024,
+        {
+            "ours": ["ppo_discrete.py", "--eval-interval", "0", "--num-envs", "8", "--num-steps", "128"]
+            + ["--update-epochs", "10", "--num-minibatches", "16"],
+            "sb3": sb3("ppo", "CartPole-v1", 8, 128),
+        },
+    ),
+    Comparison(
+        "a2c_cartpole, CartPole-v1, 8 x 5",
+        4000,  # Stable-Baselines3 logs every 100 iterations
+        {
+            "ours": ["a2c_cartpole.py", "--eval-interval", "0", "--num-envs", "8", "--num-steps", "5"],
+            "sb3": sb3("a2c", "CartPole-v1", 8, 5),
+        },
+    ),
+    Comparison(
+        "a2c_cartpole, CartPole-v1, both with their defaults",
+        100_000,
+        {
+            "ours": ["a2c_cartpole.py", "--eval-interval", "0"],
+            "sb3": sb3("a2c", "CartPole-v1", 1, 5),
+        },
+        {"sb3": 1000},
     ),
 ]
 
@@ -95,8 +141,9 @@ EXPLANATION = f"""\
 
 Environment steps per second, end to end with logging to TensorBoard, one thread on one core, the programs in
 turn; the first {DROPPED} iterations do not count. *Ours / this* is how many times faster ours is. *Startup*
-is the time from the start of the process to the end of the first iteration. `sb3` is Stable-Baselines3's PPO
-with VecNormalize; `raw` is the environment alone, under random actions: the limit.
+is the time from the start of the process to the end of the first iteration. `sb3` is Stable-Baselines3, or
+sb3-contrib for TRPO, on MuJoCo with VecNormalize; `raw` is the environment alone, under random actions: the
+limit.
 """
 
 
@@ -147,7 +194,8 @@ def measure(peers: tuple[str, ...], rounds: int, iterations: int, only: str, res
         taken: dict[str, list] = {name: [] for name in programs}
         for round in range(rounds):
             for name, arguments in programs.items():
-                taken[name].append(measure_once(arguments, iterations * comparison.batch_size))
+                batch_size = comparison.batch_sizes.get(name, comparison.batch_size)
+                taken[name].append(measure_once(arguments, iterations * batch_size))
                 rate = taken[name][-1]["steps_per_second"]
                 print(
                     f"{comparison.name}, round {round + 1}, {name}: {rate:.0f} steps per second", flush=True

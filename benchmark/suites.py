@@ -137,6 +137,7 @@ GRADIENT_OF_REINFORCE = (
     "losses/entropy",
     "losses/explained_variance",
 )
+LOSSES_OF_A2C = ("losses/entropy", "losses/explained_variance", "losses/grad_norm")
 ESTIMATORS = ("total_return", "reward_to_go", "baseline", "q_value", "advantage", "td_residual")
 
 
@@ -178,6 +179,25 @@ SUITES: dict[str, list[Task]] = {
         for environment in ("HalfCheetah-v5", "Hopper-v5")
         for rule in ("trust-region", "natural-gradient", "line-search")
     ],
+    # The scripts for discrete actions side by side.
+    "classic": [
+        reinforce("CartPole-v1", 300_000),
+        Task("a2c_cartpole.py", "CartPole-v1", 500_000, other_tags=LOSSES_OF_A2C),
+        Task("ppo_discrete.py", "CartPole-v1", 100_000),
+        Task("a2c_cartpole.py", "Acrobot-v1", 500_000, other_tags=LOSSES_OF_A2C),
+        Task("ppo_discrete.py", "Acrobot-v1", 200_000),
+    ],
+    "a3c": [
+        Task(
+            "a2c_cartpole.py",
+            "CartPole-v1",
+            500_000,
+            ("--asynchronous", "--num-workers", "2"),
+            label="a3c",
+            other_tags=LOSSES_OF_A2C,
+        )
+    ],
+    "lunarlander": [Task("ppo_discrete.py", "LunarLander-v3", 1_000_000)],
     "reinforce": [reinforce(environment, 3_000_000) for environment in REINFORCE_MUJOCO],
     # Weights as they are, without normalisation, so that their noise can be compared.
     "estimators": [
