@@ -5,6 +5,7 @@ installs, logs in or serves is only looked at.
 """
 
 import dataclasses
+import importlib
 import os
 import re
 import shlex
@@ -17,15 +18,14 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, WALL_CLOCK, read_curves
 
-import ppo_continuous
-
 README = (REPOSITORY / "README.md").read_text()
-PAGE = (REPOSITORY / "docs" / "ppo_continuous.md").read_text()
+SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in sorted(REPOSITORY.glob("*.py"))}
+PAGES = {name: (REPOSITORY / "docs" / f"{name}.md").read_text() for name in SCRIPTS}
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
-TRAIN = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 --total-timesteps 256 --no-compile"
+TRAIN = {"num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 1, "critic_epochs": 1}
+TRAIN |= {"total_timesteps": 256, "eval_episodes": 1, "compile": False}
 SMALL = {
-    "train": f"{TRAIN} --eval-episodes 1",
     "--resume": "--total-timesteps 384",
     "--evaluate": "--eval-episodes 1",
     "--capture-video": "--no-capture-video",  # a machine for tests need not be able to draw
@@ -81,13 +81,22 @@ def run(arguments: list[str], clone: Path, variables: dict[str, str]) -> str:
     return process.stdout
 
 
+def small_arguments(script: str) -> dict[str, int | bool]:
+    """TRAIN, as far as the script has these arguments."""
+    known = {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
+    return {name: value for name, value in TRAIN.items() if name in known}
+
+
 def cut_down(command: str) -> list[str]:
     """The arguments of a command after `python`, with the flags that make it small."""
     if "--help" in command:
         return shlex.split(command)
     small = [flags for word, flags in SMALL.items() if word in command]
     if not command.startswith("-m ") and "--resume" not in command and "--evaluate" not in command:
-        small.append(SMALL["train"])
+        script = command.split(".py")[0].replace("my_ppo", "ppo_continuous")
+        for name, value in small_arguments(script).items():
+            flag = name.replace("_", "-")
+            small.append(f"--no-{flag}" if value is False else f"--{flag} {value}")
     return shlex.split(command) + shlex.split(" ".join(small))
 
 
@@ -126,18 +135,21 @@ def test_readme_runs(block: str, clone: Path):
         run([sys.executable, *cut_down(command)], clone, variables)
 
 
-def test_logged_metrics_are_documented(clone: Path):
-    logged = set().union(*(read_curves(path) for path in (clone / "runs").glob("Hopper*__3__*"))) | WALL_CLOCK
-    if logged == WALL_CLOCK:
-        pytest.skip("needs the run that test_readme_runs makes")
-    assert logged == set(re.findall(r"^\| `(\w+/\w+)`", PAGE, re.MULTILINE))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_logged_metrics_are_documented(name: str, tmp_path: Path):
+    env_id = "Pendulum-v1" if SCRIPTS[name].Args().env_id.startswith("HalfCheetah") else "CartPole-v1"
+    arguments = small_arguments(name) | {"env_id": env_id, "runs": str(tmp_path), "total_timesteps": 2500}
+    run = SCRIPTS[name].main(SCRIPTS[name].Args(**arguments))
+    logged = read_curves(run).keys() | WALL_CLOCK
+    assert logged == set(re.findall(r"^\| `(\w+/\w+)`", PAGES[name], re.MULTILINE))
 
 
-def test_flags_and_defaults_are_documented():
-    table = PAGE.split("\n## Flags\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_and_defaults_are_documented(name: str):
+    table = PAGES[name].split("\n## Flags\n")[1].split("\n## ")[0]
     rows = "".join(line for line in table.splitlines() if line.startswith("|"))
     documented = dict(re.findall(r"`--([\w-]+)`(?: \(([^,)]+))?", rows))
-    for field in dataclasses.fields(ppo_continuous.Args):
+    for field in dataclasses.fields(SCRIPTS[name].Args):
         text, default = documented[field.name.replace("_", "-")], field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
@@ -146,28 +158,35 @@ def test_flags_and_defaults_are_documented():
         assert text == ("" if default is None else default), field.name
 
 
-@pytest.mark.parametrize("text", [README, PAGE], ids=["README.md", "docs/ppo_continuous.md"])
-def test_mentioned_flags_exist(text: str):
-    known = {field.name for field in dataclasses.fields(ppo_continuous.Args)} | {"help"}
-    for flag in re.findall(r"`--([\w-]+)", text):
+@pytest.mark.parametrize("name", ["README", *SCRIPTS])
+def test_mentioned_flags_exist(name: str):
+    known = {"help"}
+    for script in [name] if name in SCRIPTS else SCRIPTS:
+        known |= {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
+    for flag in re.findall(r"`--([\w-]+)", PAGES.get(name, README)):
         assert flag.removeprefix("no-").replace("-", "_") in known, flag
 
 
-@pytest.mark.parametrize("command", [block for block in blocks(PAGE) if "ppo_continuous.py" in block])
-def test_commands_of_the_page_are_understood(command: str):
-    ppo_continuous.parse_args(shlex.split(command)[2:])
+COMMANDS = [(name, block) for name in PAGES for block in blocks(PAGES[name]) if f"{name}.py" in block]
 
 
-def test_names_of_the_page_exist():
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_commands_of_the_pages_are_understood(name: str, command: str):
+    words = shlex.split(command)
+    SCRIPTS[name].parse_args(words[words.index(f"{name}.py") + 1 :])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_names_of_the_pages_exist(name: str):
     """Every function, class and attribute in backticks is in the script."""
-    source = Path(ppo_continuous.__file__).read_text()
-    names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", PAGE)
+    source = Path(SCRIPTS[name].__file__).read_text()
+    names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", PAGES[name])
     files = {"checkpoint.pt", "best.pt"}
     missing = [name for name in names if name not in files and name.split(".")[-1] not in source]
     assert not missing
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/ppo_continuous.md"])
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{name}.md" for name in SCRIPTS)])
 def test_links_lead_somewhere(path: str):
     text = re.sub(r"<!--.*?-->", "", (REPOSITORY / path).read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)]+)\)", text):
