@@ -844,7 +844,7 @@ COUNTS = ("steps", "iterations", "episodes", "returns", "lengths", *METRICS)
 
 def train_asynchronous(args: Args, training: Training) -> None:
     """A3C (Mnih et al. 2016, algorithm S3): starts the workers, watches them, and logs what they do."""
-    training.agent.share_memory()
+    shared_agent = training.agent.share_memory()
     for tensor in training.optimizer.state():
         tensor.share_memory_()
     counts = torch.zeros(args.num_workers, len(COUNTS), dtype=torch.float64).share_memory_()
@@ -853,7 +853,7 @@ def train_asynchronous(args: Args, training: Training) -> None:
     # Spawned, not forked: a fork would copy the locks of the threads that write the log and the progress, in
     # whatever state they are, but not the threads that would release them.
     context = multiprocessing.get_context("spawn")
-    shared = args, training.agent, training.optimizer, counts, first_step
+    shared = args, shared_agent, training.optimizer, counts, first_step
     workers = [context.Process(target=work, args=(i, *shared), daemon=True) for i in range(args.num_workers)]
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is left to this process
     for worker in workers:
@@ -866,13 +866,12 @@ def train_asynchronous(args: Args, training: Training) -> None:
             failed = [(i, worker.exitcode) for i, worker in enumerate(workers) if worker.exitcode]
             now = counts.sum(0)
             step = first_step + int(now[0])
+            training.agent = copy.deepcopy(shared_agent)  # stands still while it is evaluated and saved
             if failed:
                 index, code = failed[0]
                 training.step = step
                 training.writer.flush()
-                if (
-                    now.isfinite().all()
-                ):  # else the parameters are not finite either: keep the last checkpoint
+                if now.isfinite().all():  # else neither are the parameters: the last checkpoint is better
                     training.save("checkpoint.pt", {})
                 raise SystemExit(
                     f"Worker {index} ended with exit code {code} at step {step:,}; the others were stopped. "

@@ -75,9 +75,9 @@ class Args:
     """step size of Adam at the start"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over total_timesteps"""
-    gamma: float = 0.995
+    gamma: float = 0.99
     """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.98
+    gae_lambda: float = 0.95
     """lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return"""
     clip_coef: float = 0.2
     """eps: ratios in [1 - eps, 1 + eps] are left alone"""
@@ -85,10 +85,10 @@ class Args:
     """end the epochs of an iteration once the mean KL of one exceeds 1.5 times this; None for no limit"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    vf_coef: float = 0.01
-    """weight of the value loss; small, because rewards are not scaled and max_grad_norm is shared"""
+    vf_coef: float = 0.5
+    """weight of the value loss; with shared_network and large returns, a small one leaves room for the policy"""
     max_grad_norm: float = 0.5
     """a gradient, of policy and value function together, of a larger norm is scaled down to this one"""
 

@@ -14,9 +14,9 @@ whose expectation is the gradient of the expected return. Psi is the choice of `
     td_residual    r_t + gamma V(s_t+1) - V(s_t)
 
 The first three are unbiased whatever V is, but where a time limit cuts an episode, and each is less noisy
-than the one before; the other three have less noise still, and the bias of V. How noisy g is, is logged: the
-trace of its covariance over the episodes of a batch. The gradient of the discounted return has a factor
-gamma^t with Psi_t, which only G_0 contains, and which practice leaves out: `--discount-states`.
+than the one before; the other three have the bias of V, and those that subtract V have less noise still. How
+noisy g is, is logged: the trace of its covariance over the episodes of a batch. The gradient of the
+discounted return has a factor gamma^t with Psi_t, which only G_0 contains: `--discount-states`.
 
     python reinforce.py --estimator total_return --seed 3
     python reinforce.py --env-id HalfCheetah-v5 --total-timesteps 3000000
@@ -330,12 +330,12 @@ class FrozenPolicy:
         output = self.output(observations)
         return output.argmax(-1, keepdims=True) if self.discrete else output
 
-    def to_environment(self, action: np.ndarray) -> np.ndarray | int:
-        """An action (A,) as the environment takes it: shifted by its start, or scaled and clipped."""
+    def to_environment(self, actions: np.ndarray) -> np.ndarray | list[int]:
+        """Actions (N, A) as N environments take them: counted from their start, or scaled and clipped."""
         if self.discrete:
-            return self.start + int(action[0])
-        action = np.minimum(np.maximum(action * self.action_scale + self.action_center, self.low), self.high)
-        return action.reshape(self.action_space.shape)
+            return (actions[:, 0] + self.start).tolist()
+        actions = np.maximum(actions * self.action_scale + self.action_center, self.low)
+        return np.minimum(actions, self.high).reshape(-1, *self.action_space.shape)
 
 
 # -------------------------------------------------------------------------------------- pure functions
@@ -456,7 +456,7 @@ def collect_episodes(
     """Plays one whole episode in each of N environments; T is the length of the longest.
 
     Returns observations and next_observations (T, N, D) as the environments give them, actions (T, N, A),
-    rewards, terminated and done (T, N), and lengths (N,). Rows past the end of an episode are 0.
+    rewards, terminated and done (T, N), and lengths (N,). Rows past the end of an episode are padding.
 
     Each episode has a seed from torch's generator, which a checkpoint holds: so there is no state of an
     environment to be saved.
@@ -470,8 +470,8 @@ def collect_episodes(
         observations, row_actions = latest.copy(), np.zeros((len(envs), actions.shape[1]), actions.dtype)
         row_actions[playing] = actions
         rewards, terminated, done = np.zeros((3, len(envs)), np.float32)
-        for i, action in zip(playing, actions):
-            latest[i], rewards[i], terminated[i], truncated, _ = envs[i].step(policy.to_environment(action))
+        for i, action in zip(playing, policy.to_environment(actions)):
+            latest[i], rewards[i], terminated[i], truncated, _ = envs[i].step(action)
             done[i] = terminated[i] or truncated or len(rows) + 1 == max_episode_steps
         rows.append((observations, latest.copy(), row_actions, rewards, terminated, done))
         playing = playing[done[playing] == 0]
@@ -500,7 +500,7 @@ def evaluate(
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         for _ in range(MAX_EPISODE_STEPS):
-            action = policy.to_environment(policy.mode(observation[None])[0])
+            action = policy.to_environment(policy.mode(observation[None]))[0]
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             if terminated or truncated:
