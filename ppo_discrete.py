@@ -48,7 +48,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks are trained; auto is the CPU, which is faster for networks of this size"""
     compile: bool = True
-    """compile the update with torch.compile, about 6 times faster; it runs eagerly without a compiler"""
+    """compile the update with torch.compile, several times faster; it runs eagerly without a compiler"""
     checkpoint_interval: int = 25_000
     """environment steps between checkpoints"""
     eval_interval: int = 25_000
@@ -88,7 +88,7 @@ class Args:
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
-    """weight of the value loss; with shared_network and large returns, a small one leaves room for the policy"""
+    """weight of the value loss; lower it for a shared_network with large returns"""
     max_grad_norm: float = 0.5
     """a gradient, of policy and value function together, of a larger norm is scaled down to this one"""
 
@@ -488,18 +488,21 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
             clip_fraction = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
             return torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm))
 
-    if not args.compile:
-        return update
+    return compile_update(update, optimizer.steps.device) if args.compile else update
+
+
+def compile_update(update: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """The update compiled into one graph, or as it is where there is no compiler."""
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
     # Calls from kernel to kernel in C++ instead of Python, and without their checks: a quarter faster.
     options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
-    options = options if optimizer.steps.device.type == "cpu" else {}
+    options = options if device.type == "cpu" else {}
     try:
-        torch.compile(lambda x: x + 1, options=options)(torch.zeros(8, device=optimizer.steps.device))
+        torch.compile(lambda x: x + 1, options=options)(torch.zeros(8, device=device))
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:150]
-        print(f"torch.compile does not work here, the update runs eagerly, about 6 times slower: {reason}")
+        print(f"torch.compile does not work here, the update runs eagerly, several times slower: {reason}")
         return update
     return torch.compile(update, dynamic=False, options=options)
 
