@@ -860,7 +860,7 @@ def train_asynchronous(args: Args, training: Training) -> None:
         worker.start()
     signal.signal(signal.SIGINT, handler)
     try:
-        before, episode_means = counts.sum(0), []
+        before, episode_means = torch.zeros_like(counts[0]), []
         while training.step < args.total_timesteps:
             wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=0.05)
             failed = [(i, worker.exitcode) for i, worker in enumerate(workers) if worker.exitcode]

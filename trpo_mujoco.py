@@ -81,7 +81,9 @@ class Args:
     step_rule: Literal["trust-region", "natural-gradient", "line-search"] = "trust-region"
     """TRPO; its step without the line search; or a line search along the gradient, without a trust region"""
     max_kl: float = 0.04
-    """delta, the radius of the trust region: mean KL(old, new) of a step, in nats"""
+    """delta, the radius of the trust region at the start: mean KL(old, new) of a step, in nats"""
+    anneal_kl: bool = True
+    """lower the radius linearly to 0 over total_timesteps"""
     cg_iterations: int = 10
     """iterations of conjugate gradient, of one Fisher-vector product each"""
     cg_damping: float = 0.1
@@ -874,6 +876,8 @@ def train(args: Args, run: Path) -> None:
         if args.anneal_lr:
             optimizer.learning_rate.fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
 
+        max_kl = args.max_kl * (1 - (iteration - 1) / num_iterations) if args.anneal_kl else args.max_kl
+
         # 1. Play.
         policy = FrozenPolicy(agent)
         raw_observations, raw_next_observations, actions, rewards, terminated, done = collect_rollout(
@@ -904,7 +908,8 @@ def train(args: Args, run: Path) -> None:
         flat_observations, flat_returns = observations.flatten(0, 1), returns.flatten()
 
         # 3. Learn: one step of the policy, then several epochs of the critic.
-        losses = policy_step(agent, flat_observations, actions, advantages.flatten(), args)
+        step_args = dataclasses.replace(args, max_kl=max_kl)
+        losses = policy_step(agent, flat_observations, actions, advantages.flatten(), step_args)
         value_loss = torch.zeros((), device=device)
         for _ in range(args.critic_epochs):
             for indices in torch.randperm(args.batch_size).view(args.num_minibatches, -1).to(device):
@@ -925,7 +930,7 @@ def train(args: Args, run: Path) -> None:
         elapsed += seconds
         log({f"losses/{name}": value for name, value in losses.items()}, step)
         log({"losses/explained_variance": explained_variance}, step)
-        log({"charts/learning_rate": optimizer.learning_rate}, step)
+        log({"charts/learning_rate": optimizer.learning_rate, "charts/max_kl": max_kl}, step)
         log({"charts/action_std": policy.std.mean(), "charts/SPS": args.batch_size / seconds}, step)
         log({"time/elapsed": elapsed}, step)
         training_return = math.nan

@@ -722,7 +722,7 @@ def test_each_step_is_given_what_the_definitions_say(norm_adv, tmp_path, monkeyp
         np.testing.assert_allclose(observations, normal.flatten(0, 1), rtol=0, atol=1e-5)
         played = np.clip(2 + 4 * actions.numpy(), -2, 6).reshape(9, 2, 2)
         np.testing.assert_allclose(env_actions[rows], played, rtol=1e-5, atol=1e-6)
-        assert given_args == args
+        assert given_args == dataclasses.replace(args, max_kl=args.max_kl * (1 - iteration / 2))
 
         calls = critic_calls[6 * iteration : 6 * iteration + 6]
         for epoch in (calls[:3], calls[3:]):
