@@ -137,6 +137,8 @@ GRADIENT_OF_REINFORCE = (
     "losses/entropy",
     "losses/explained_variance",
 )
+LUNAR_LANDER_FLAGS = ("--num-envs", "16", "--num-minibatches", "8")
+LUNAR_LANDER_FLAGS += ("--gamma", "0.995", "--gae-lambda", "0.98", "--ent-coef", "0.01")
 LOSSES_OF_A2C = ("losses/entropy", "losses/explained_variance", "losses/grad_norm")
 ESTIMATORS = ("total_return", "reward_to_go", "baseline", "q_value", "advantage", "td_residual")
 
@@ -197,7 +199,10 @@ SUITES: dict[str, list[Task]] = {
             other_tags=LOSSES_OF_A2C,
         )
     ],
-    "lunarlander": [Task("ppo_discrete.py", "LunarLander-v3", 1_000_000)],
+    # Needs Box2D: pip install "gymnasium[box2d]".
+    "lunarlander": [
+        Task("ppo_discrete.py", "LunarLander-v3", 1_000_000, LUNAR_LANDER_FLAGS),
+    ],
     "reinforce": [reinforce(environment, 3_000_000) for environment in REINFORCE_MUJOCO],
     # Weights as they are, without normalisation, so that their noise can be compared.
     "estimators": [
