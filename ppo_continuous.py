@@ -148,6 +148,9 @@ class Args:
             raise ValueError(f"num_minibatches = {self.num_minibatches} must divide the batch of {batch}")
         if self.norm_adv and self.batch_size == self.num_minibatches:
             raise ValueError("minibatches of one transition cannot be normalised: lower num_minibatches")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.resume and self.evaluate:
             raise ValueError("resume and evaluate exclude each other")
 

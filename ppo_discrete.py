@@ -8,6 +8,8 @@ GAE(lambda) (Schulman et al. 2016), and takes a few epochs of minibatch steps to
 where r = pi(a|s) / pi_old(a|s) and R = A + V, with V of the critic before the update (Schulman et al. 2017,
 equations 7 and 9).
 
+Greedy evaluation: CartPole-v1 500 after 100k steps in 5 of 5 seeds (benchmark/results/classic).
+
     python ppo_discrete.py --env-id Acrobot-v1 --seed 3
     python ppo_discrete.py --resume runs/Acrobot-v1__ppo_discrete__3__20261120-101500
     python ppo_discrete.py --evaluate runs/Acrobot-v1__ppo_discrete__3__20261120-101500 --capture-video
@@ -134,6 +136,9 @@ class Args:
             raise ValueError(f"num_minibatches = {self.num_minibatches} must divide the batch of {batch}")
         if self.norm_adv and self.batch_size == self.num_minibatches:
             raise ValueError("minibatches of one transition cannot be normalised: lower num_minibatches")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.resume and self.evaluate:
             raise ValueError("resume and evaluate exclude each other")
 
@@ -524,7 +529,7 @@ def collect_rollout(
     and done (T, N). Updates in place: `latest`, the current observations (N, D); `running`, the return and
     length so far (2, N); `finished`, to which those of ended episodes are appended.
     """
-    action_shape = envs[0].action_space.shape
+    action_shape, action_type = envs[0].action_space.shape, envs[0].action_space.dtype
     # The largest of logits + noise is a sample of their distribution, if the noise is -log of an exponential
     # variable: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
     noise = -torch.empty(num_steps, len(envs), *policy.mask.shape).exponential_().log().numpy()
@@ -536,7 +541,7 @@ def collect_rollout(
     for t in range(num_steps):
         observations[t] = latest
         actions[t] = (policy.logits(latest) + noise[t]).argmax(-1)
-        env_actions = policy.to_environment(actions[t]).reshape(-1, *action_shape)
+        env_actions = policy.to_environment(actions[t]).reshape(-1, *action_shape).astype(action_type)
         for i, env in enumerate(envs):
             latest[i], rewards[t, i], terminated[t, i], truncated[t, i], _ = env.step(env_actions[i])
         next_observations[t] = latest
@@ -569,7 +574,7 @@ def evaluate(
         observation, _ = env.reset(seed=seed + episode)
         for _ in range(MAX_EPISODE_STEPS):
             actions = policy.to_environment(policy.logits(observation[None]).argmax(-1))
-            action = actions.reshape(-1, *env.action_space.shape)[0]
+            action = actions.reshape(-1, *env.action_space.shape)[0].astype(env.action_space.dtype)
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             if terminated or truncated:

@@ -79,7 +79,7 @@ class Args:
     estimator: ESTIMATORS = "advantage"
     """Psi, what the gradients of the log-probabilities are weighted with"""
     norm_returns: bool = True
-    """normalise Psi over the steps of a batch, to mean 0 and standard deviation 1"""
+    """normalise Psi over a batch, to mean 0 and standard deviation 1; the targets of the critic are not"""
     discount_states: bool = False
     """multiply Psi_t by gamma^t (total_return has it already), for the gradient of the discounted return"""
     gamma: float = 0.99
@@ -128,8 +128,12 @@ class Args:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.num_envs == 1 and self.estimator == "total_return" and self.norm_returns:
-            raise ValueError("one total return, normalised, is 0: raise num_envs or say --no-norm-returns")
+        alone = self.estimator == "total_return" or self.max_episode_steps == 1
+        if self.num_envs == 1 and self.norm_returns and alone:
+            raise ValueError("one return, normalised, is 0: raise num_envs or say --no-norm-returns")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.resume and self.evaluate:
             raise ValueError("resume and evaluate exclude each other")
 
@@ -287,7 +291,8 @@ class FrozenPolicy:
         if self.discrete:
             self.start = int(agent.action_space.start)
         else:
-            self.low, self.high = agent.action_space.low.flatten(), agent.action_space.high.flatten()
+            space = agent.action_space
+            self.low, self.high = (x.flatten().astype(np.float32) for x in (space.low, space.high))
             # A dimension without two bounds is not scaled; "no bound" may be infinite, or the largest float.
             bounded = np.maximum(-self.low, self.high) < 1e10
             low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
@@ -461,7 +466,7 @@ def collect_episodes(
     Each episode has a seed from torch's generator, which a checkpoint holds: so there is no state of an
     environment to be saved.
     """
-    seeds = torch.randint(2**31, (len(envs),)).tolist()
+    seeds = torch.randint(EVALUATION_SEED, (len(envs),)).tolist()
     latest = np.array([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)], np.float64)
     rows = []
     playing = np.arange(len(envs))
@@ -631,6 +636,8 @@ def train(args: Args, run: Path) -> None:
             collect_episodes(envs, policy, args.max_episode_steps)
         )
         step += int(lengths.sum())
+        # Taken before this batch is in: its own mean would give batches of short episodes more weight.
+        mean_length = np.mean(finished, axis=0)[1] if finished else lengths.mean()
         finished.extend(zip(rewards.sum(0).tolist(), lengths.tolist()))
         valid = np.arange(len(rewards))[:, None] < lengths  # (T, N)
         if before == 0:
@@ -654,13 +661,13 @@ def train(args: Args, run: Path) -> None:
         if args.discount_states and args.estimator != "total_return":
             weights = weights * args.gamma ** torch.arange(len(weights), device=device)[:, None]
         if args.norm_returns:
-            weights = (weights - weights[mask].mean()) / (weights[mask].std(correction=0) + 1e-8)
+            # In float32, the mean of equal numbers is not always their value; MPS has no float64.
+            psi = weights[mask].cpu().double()
+            weights = ((weights.cpu() - psi.mean()) / (psi.std(correction=0) + 1e-8)).float().to(device)
 
         # 3. Learn: one step of the policy, then some of the critic.
-        # Over the mean length, which changes no direction: Adam would be slow to follow longer episodes.
-        gradients = (
-            episode_gradients(agent, observations, actions, weights, lengths.tolist()) / lengths.mean()
-        )
+        # Over the mean length: Adam would be slow to follow gradients that grow with the episodes.
+        gradients = episode_gradients(agent, observations, actions, weights, lengths.tolist()) / mean_length
         gradient = gradients.mean(0)
         parameters = agent.policy_parameters()
         for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
@@ -683,7 +690,8 @@ def train(args: Args, run: Path) -> None:
             agent.observation_statistics.update(raw_observations[valid])
 
         # 4. Log, evaluate, save.
-        explained_variance = (1 - (valid_returns - values[mask]).var() / valid_returns.var()).item()
+        errors = valid_returns - values[mask]
+        explained_variance = 1 - (errors.var(correction=0) / valid_returns.var(correction=0)).item()
         with torch.no_grad():
             entropy = agent.entropy(valid_observations).mean().item()
         losses = {"value_loss": torch.stack(value_losses).mean().item(), "entropy": entropy}

@@ -7,10 +7,11 @@ GAE(lambda) (Schulman et al. 2016), and takes one step that should
 
 (Schulman et al. 2015, equation 14). With g the gradient of L, and F the Fisher matrix, which is the Hessian
 of the KL at pi_old, the step is beta x: conjugate gradient solves F x = g, and beta = sqrt(2 delta / x'Fx) is
-where the quadratic model of the KL, x'Fx / 2, reaches delta. A line search then shortens the step until the
-KL itself is at most delta and L itself has grown (appendix C of the paper). The critic is fitted by epochs of
-minibatches. `--step-rule` has what this grew from: the natural gradient, which takes the step as it is
-(Kakade 2001), and a line search along the plain gradient, without a trust region.
+where the quadratic model of the KL, x'Fx / 2, reaches delta. (In both places, --cg-damping times the identity
+is added to F.) A line search then shortens the step until the KL itself is at most delta and L itself has
+grown (appendix C of the paper). The critic is fitted by epochs of minibatches. `--step-rule` has what this
+grew from: the natural gradient, which takes the step as it is (Kakade 2001), and a line search along the
+plain gradient, without a trust region.
 
     python trpo_mujoco.py --env-id Hopper-v5 --seed 3
     python trpo_mujoco.py --resume runs/Hopper-v5__trpo_mujoco__3__20261120-101500
@@ -85,7 +86,7 @@ class Args:
     anneal_kl: bool = True
     """lower the radius linearly to 0 over total_timesteps"""
     cg_iterations: int = 10
-    """iterations of conjugate gradient, of one Fisher-vector product each"""
+    """iterations of conjugate gradient, one Fisher-vector product each; not for step rule line-search"""
     cg_damping: float = 0.1
     """multiple of the identity that is added to the Fisher matrix"""
     max_backtracks: int = 10
@@ -147,6 +148,9 @@ class Args:
             raise ValueError(f"num_minibatches = {self.num_minibatches} must divide the batch of {batch}")
         if self.norm_adv and self.batch_size == 1:
             raise ValueError("the advantage of one transition cannot be normalised: raise num_steps")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.resume and self.evaluate:
             raise ValueError("resume and evaluate exclude each other")
 
@@ -551,7 +555,7 @@ def set_parameters(parameters: list[torch.Tensor], vector: torch.Tensor) -> None
         p.copy_(values.view_as(p))
 
 
-CG_TOLERANCE = 1e-10  # on r'r; conjugate gradient ends sooner once it gets there
+CG_TOLERANCE = 1e-10  # on r'r / g'g; conjugate gradient ends sooner once it gets there
 
 
 def policy_step(
@@ -584,9 +588,12 @@ def policy_step(
         def matvec(vector: torch.Tensor) -> torch.Tensor:
             return fisher_vector_product(kl_gradient, parameters, vector, args.cg_damping)
 
-        direction, cg_residual = conjugate_gradient(matvec, gradient, args.cg_iterations, CG_TOLERANCE)
+        tolerance = CG_TOLERANCE * (gradient @ gradient)
+        direction, cg_residual = conjugate_gradient(matvec, gradient, args.cg_iterations, tolerance)
         curvature = direction @ matvec(direction)
-        full_step = (2 * args.max_kl / curvature.clamp(min=1e-12)).sqrt() * direction
+        full_step = (
+            2 * args.max_kl / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
+        ).sqrt() * direction
 
     if args.step_rule == "natural-gradient":
         set_parameters(parameters, parameters_to_vector(parameters).detach() + full_step)
@@ -922,7 +929,7 @@ def train(args: Args, run: Path) -> None:
         # 4. Log, evaluate, save.
         for name, value in losses.items():
             if not math.isfinite(value):
-                causes = "rewards or observations that are not finite, or too high a learning rate"
+                causes = "rewards or observations that are not finite, or too large a step (--max-kl)"
                 raise SystemExit(
                     f"{name} is {value} at step {step:,}; look for {causes}. {run} keeps the last checkpoint"
                 )

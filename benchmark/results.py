@@ -21,7 +21,7 @@ class Summary:
     manifests: list[dict]
     training: np.ndarray  # (S,), return of the last 100 training episodes
     minutes: np.ndarray  # (S,), of training
-    evaluation_steps: np.ndarray  # (K,), those that every seed has
+    evaluation_steps: np.ndarray  # (K,), the mean of the seeds, or those that every seed has
     evaluations: np.ndarray  # (S, K)
 
 
@@ -59,14 +59,21 @@ def summarize(suite: str, task: Task, results: Path) -> Summary | None:
     def last(tag: str) -> np.ndarray:
         return np.array([values[-1] if len(values := logged(curve, tag)[1]) else np.nan for curve in curves])
 
-    by_step = [dict(zip(*logged(curve, task.evaluation_tag), strict=True)) for curve in curves]
-    steps = sorted(set.intersection(*map(set, by_step)))
+    logs = [logged(curve, task.evaluation_tag) for curve in curves]
+    if len({len(steps) for steps, _ in logs}) == 1:
+        # Where iterations differ in length, the seeds are evaluated a little after the same steps.
+        steps = np.mean([steps for steps, _ in logs], axis=0)
+        evaluations = np.array([values for _, values in logs])
+    else:
+        by_step = [dict(zip(*log, strict=True)) for log in logs]
+        steps = np.array(sorted(set.intersection(*map(set, by_step))))
+        evaluations = np.array([[values[step] for step in steps] for values in by_step])
     return Summary(
         task,
         curves,
         [json.loads(path.with_suffix(".json").read_text()) for path in paths],
         training=last(task.training_tag),
         minutes=last(ELAPSED) / 60,
-        evaluation_steps=np.array(steps),
-        evaluations=np.array([[values[step] for step in steps] for values in by_step]),
+        evaluation_steps=steps,
+        evaluations=evaluations,
     )
