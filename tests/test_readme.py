@@ -190,7 +190,14 @@ def test_names_of_the_pages_exist(name: str):
 def test_links_lead_somewhere(path: str):
     text = re.sub(r"<!--.*?-->", "", (REPOSITORY / path).read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert link.startswith("https://") or (REPOSITORY / path).parent.joinpath(link).exists(), link
+        if not link.startswith("https://"):
+            file, _, section = link.partition("#")
+            target = (REPOSITORY / path).parent / file if file else REPOSITORY / path
+            assert target.exists(), link
+            if section:
+                headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert section in slugs, link
 
 
 def test_scripts_are_listed():
