@@ -15,7 +15,7 @@ from benchmark import speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import draw_run
 from benchmark.report import reference_ratio, write_report
-from benchmark.results import bootstrap_interval, interquartile_mean
+from benchmark.results import bootstrap_interval, interquartile_mean, summarize
 from benchmark.runs import list_jobs, run_jobs
 from benchmark.suites import ELAPSED, EVALUATION, SUITES, TRAINING, Reference, Task, find_suite
 
@@ -243,6 +243,41 @@ def test_report_writes_table_and_figures(tmp_path: Path) -> None:
         assert os.path.join("..", "..", "figures", f"suite_{axis}.png") in readme
     with pytest.raises(SystemExit, match="There are no results of suite other"):
         write_report("other", tasks, results, figures)
+
+
+def test_evaluations_of_iterations_of_different_length(tmp_path: Path) -> None:
+    """Each seed is evaluated a little after the same steps; with fewer of one, common steps are left."""
+    folder = tmp_path / "suite" / "fake" / "One-v0"
+    for seed in (1, 2):
+        write_result(folder, seed, last=1000)
+        curve = read_curve(folder / f"seed{seed}.csv")
+        curve["step"][1:] += 10 * seed
+        write_curve(folder / f"seed{seed}.csv", curve)
+    task = Task("fake.py", "One-v0", 1_000_000)
+    summary = summarize("suite", task, tmp_path)
+    assert summary.evaluation_steps[:3].tolist() == [0, 50_015, 100_015]
+    seeds = [read_curve(folder / f"seed{seed}.csv") for seed in (1, 2)]
+    np.testing.assert_allclose(summary.evaluations, [curve[EVALUATION] for curve in seeds])
+    write_curve(folder / "seed2.csv", {name: column[:-1] for name, column in seeds[1].items()})
+    assert summarize("suite", task, tmp_path).evaluation_steps.tolist() == [0]
+
+
+def test_several_published_figures_and_a_panel_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    published = (Reference("evaluation", 2000, "A"), Reference("evaluation", 500, "B"))
+    tasks = [
+        Task("fake.py", "One-v0", 1, label=label, references=published, drawn_tag=EVALUATION)
+        for label in ("x", "y")
+    ]
+    for task in tasks:
+        for seed in (1, 2):
+            write_result(tmp_path / "suite" / task.folder, seed, last=1000)
+    drawn = []
+    monkeypatch.setattr("benchmark.figures.save", lambda figure, path: drawn.append(figure))
+    assert "2000 (A), 500 (B)" in write_report("suite", tasks, tmp_path, tmp_path)
+    left, right = drawn[0].axes[:2]
+    assert left.get_yscale() == "linear" and left.get_title() == "One-v0"
+    assert right.get_yscale() == "log" and right.get_title() == f"One-v0: {EVALUATION}"
+    assert len(right.lines) == len(tasks) * 3  # two seeds and their mean each, no published figures
 
 
 def test_curve_of_one_run(tmp_path: Path) -> None:
