@@ -591,9 +591,8 @@ def policy_step(
         tolerance = CG_TOLERANCE * (gradient @ gradient)
         direction, cg_residual = conjugate_gradient(matvec, gradient, args.cg_iterations, tolerance)
         curvature = direction @ matvec(direction)
-        full_step = (
-            2 * args.max_kl / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
-        ).sqrt() * direction
+        curvature = curvature.clamp(min=torch.finfo(curvature.dtype).tiny)  # it is 0 without a gradient
+        full_step = (2 * args.max_kl / curvature).sqrt() * direction
 
     if args.step_rule == "natural-gradient":
         set_parameters(parameters, parameters_to_vector(parameters).detach() + full_step)

@@ -132,8 +132,11 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
                     fontsize=7,
                     color=color,
                 )
-        handles, names = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=max(1, len(names)), frameon=False)
+        legend = {}  # of all panels: a variant need not be in the first
+        for axes in grid.flat:
+            legend |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        columns = max(1, len(legend))
+        figure.legend(legend.values(), legend, loc="outside upper center", ncols=columns, frameon=False)
         save(figure, path)
 
 

@@ -172,10 +172,8 @@ SUITES: dict[str, list[Task]] = {
         for environment in PPO_FLAGS
     ],
     "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
-    "trpo": [
-        *(trpo(environment) for environment in TRPO_MUJOCO),
-        trpo("Swimmer-v5", 1_000_000, "--gamma", "0.9999", label="trpo_gamma_0.9999"),
-    ],
+    "trpo": [trpo(environment) for environment in TRPO_MUJOCO],
+    "trpo-swimmer": [trpo("Swimmer-v5", 1_000_000, "--gamma", "0.9999", label="trpo_gamma_0.9999")],
     "trpo-step-rules": [
         trpo(environment, 500_000, "--step-rule", rule, label=rule)
         for environment in ("HalfCheetah-v5", "Hopper-v5")
