@@ -22,6 +22,7 @@ RUNS = REPOSITORY / "runs" / "benchmark"
 
 def run(
     suite: str,
+    preset: str | None = None,
     seeds: int = 5,
     jobs: int = 1,
     only: tuple[str, ...] = (),
@@ -33,8 +34,9 @@ def run(
 
     Args:
         suite: name of the suite
+        preset: name of other settings for the same tasks: `fast` for atari
         seeds: runs per task, with seeds 1 to this
-        jobs: runs at a time, each with one thread on one core
+        jobs: runs at a time, each with one thread on one core; those of Atari share all cores
         only: environments to run; all of the suite if not given
         total_timesteps: another length of the runs, for a trial; the results are kept apart
         results: folder of the results
@@ -44,7 +46,7 @@ def run(
 
     if seeds < 1 or jobs < 1:
         raise SystemExit("--seeds and --jobs must be at least 1")
-    suite, tasks = find_suite(suite, total_timesteps)
+    suite, tasks = find_suite(suite, total_timesteps, preset)
     unknown = set(only) - {task.environment for task in tasks}
     if unknown:
         raise SystemExit(f"Suite {suite} has no {', '.join(sorted(unknown))}")
@@ -58,19 +60,24 @@ def run(
 
 
 def report(
-    suite: str, total_timesteps: int | None = None, results: Path = RESULTS, figures: Path = FIGURES
+    suite: str,
+    preset: str | None = None,
+    total_timesteps: int | None = None,
+    results: Path = RESULTS,
+    figures: Path = FIGURES,
 ) -> None:
     """Write the table and the figures of a suite from its results.
 
     Args:
         suite: name of the suite
+        preset: that of `run`, if any
         total_timesteps: the length that `run` was given, if any
         results: folder of the results; the table is its {suite}/README.md
         figures: folder of the figures
     """
     from benchmark.report import write_report
 
-    print(write_report(*find_suite(suite, total_timesteps), results, figures))
+    print(write_report(*find_suite(suite, total_timesteps, preset), results, figures))
 
 
 def curve(

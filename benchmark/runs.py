@@ -71,9 +71,9 @@ def list_jobs(suite: str, tasks: list[Task], seeds: int, results: Path, runs: Pa
     ]
 
 
-def start_process(arguments: list[str], log: Path, core: int) -> subprocess.Popen:
-    """`python arguments...` in the repository, one thread on one core, with its output appended to `log`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start_process(arguments: list[str], log: Path, cores: list[int]) -> subprocess.Popen:
+    """`python arguments...` in the repository, a thread on each of `cores`, its output appended to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         process = subprocess.Popen(
@@ -85,11 +85,13 @@ def start_process(arguments: list[str], log: Path, core: int) -> subprocess.Pope
             stderr=subprocess.STDOUT,
         )
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(process.pid, {core})
+        os.sched_setaffinity(process.pid, cores)
     return process
 
 
-def start_job(job: Job, core: int) -> RunningJob:
+def start_job(job: Job, cores: list[int]) -> RunningJob:
+    """Starts or resumes a job on its share of the cores, of which most tasks use one."""
+    cores = cores if job.task.multithreaded else cores[:1]
     arguments = job.task.arguments(job.seed)
     description = {"command": shlex.join(["python", *arguments])} | manifest.describe()
     run = job.run_to_resume()
@@ -98,7 +100,8 @@ def start_job(job: Job, core: int) -> RunningJob:
     else:
         arguments += ["--runs", str(job.runs)]
     description |= {"script_blob": manifest.git("hash-object", job.task.script), "resumed": run is not None}
-    return RunningJob(job, start_process(arguments, job.log, core), description, time.perf_counter())
+    description |= {"threads": len(cores)}
+    return RunningJob(job, start_process(arguments, job.log, cores), description, time.perf_counter())
 
 
 def keep_result(running: RunningJob) -> str:
@@ -144,14 +147,15 @@ def run_jobs(jobs: list[Job], parallel: int) -> list[tuple[Job, str]]:
     total, started = len(waiting), 0
     print(f"{len(jobs) - total} of {len(jobs)} runs are there, {total} to go", flush=True)
     cores = manifest.available_cores()
-    running: dict[int, RunningJob] = {}  # by slot; a slot is a core
+    shares = [cores[slot % len(cores) :: parallel] for slot in range(parallel)]
+    running: dict[int, RunningJob] = {}  # by slot; a slot is a share of the cores
     failures = []
     start = time.perf_counter()
     try:
         while waiting or running:
             for slot in range(parallel):
                 if slot not in running and waiting:
-                    now = running[slot] = start_job(waiting.popleft(), cores[slot % len(cores)])
+                    now = running[slot] = start_job(waiting.popleft(), shares[slot])
                     started += 1
                     verb = "resume" if now.manifest["resumed"] else "start"
                     print(f"[{elapsed(start)}] {verb} {now.job} ({started} of {total})", flush=True)

@@ -31,6 +31,8 @@ class Comparison:
     """arguments after `python`, by name: "ours", and the names of peers"""
     batch_sizes: dict[str, int] = field(default_factory=dict)
     """those of programs that are to run for longer or shorter than the others"""
+    threads: int = 1
+    """threads, each on a core of its own"""
 
 
 def ppo_continuous(num_envs: int, num_steps: int) -> Comparison:
@@ -61,6 +63,23 @@ def trpo(num_envs: int, num_steps: int) -> Comparison:
         f"trpo_mujoco, HalfCheetah-v5, {num_envs} x {num_steps}",
         num_envs * num_steps,
         {"ours": ours, "sb3": sb3("trpo", "HalfCheetah-v5", num_envs, num_steps)},
+    )
+
+
+def ppo_atari(threads: int, precision: str) -> Comparison:
+    """Breakout, 4 epochs of 4 minibatches of 256; ours in bfloat16 or, as Stable-Baselines3, in float32."""
+    sizes = ["--env-id", "ALE/Breakout-v5", "--num-envs", "8", "--num-steps", "128"]
+    ours = ["ppo_atari.py", *sizes, "--eval-interval", "0"]
+    cores = "2 cores" if threads == 2 else "1 core"
+    return Comparison(
+        f"ppo_atari, Breakout, 8 x 128, {precision}, {cores}",
+        1024,
+        {
+            "ours": ours if precision == "bfloat16" else [*ours, "--no-bfloat16"],
+            "sb3": ["-m", "benchmark.peers", "sb3", "--algorithm", "ppo", *sizes],
+            "raw": ["-m", "benchmark.peers", "raw", *sizes],
+        },
+        threads=threads,
     )
 
 
@@ -103,11 +122,13 @@ COMPARISONS = [
         },
         {"sb3": 1000},
     ),
+    ppo_atari(2, "bfloat16"),
+    ppo_atari(2, "float32"),
 ]
 
 
-def measure_once(arguments: list[str], total_timesteps: int) -> dict[str, float]:
-    """One run in a process of its own, on the last core; SystemExit with the end of its log if it fails.
+def measure_once(arguments: list[str], total_timesteps: int, threads: int = 1) -> dict[str, float]:
+    """One run in a process of its own, on the last cores; SystemExit with the end of its log if it fails.
 
     Returns steps per second after the DROPPED iterations, the seconds from the start of the process to the
     end of the first iteration, and the peak memory in MB.
@@ -116,7 +137,7 @@ def measure_once(arguments: list[str], total_timesteps: int) -> dict[str, float]
         log = Path(folder) / "log.txt"
         command = [*arguments, "--total-timesteps", str(total_timesteps), "--runs", folder]
         start = time.time()  # the clock of the event files
-        process = start_process(command, log, manifest.available_cores()[-1])
+        process = start_process(command, log, manifest.available_cores()[-threads:])
         try:
             _, status, usage = os.wait4(process.pid, 0)  # Popen does not tell the memory of one child
         except KeyboardInterrupt:
@@ -139,11 +160,11 @@ def measure_once(arguments: list[str], total_timesteps: int) -> dict[str, float]
 EXPLANATION = f"""\
 # Speed
 
-Environment steps per second, end to end with logging to TensorBoard, one thread on one core, the programs in
-turn; the first {DROPPED} iterations do not count. *Ours / this* is how many times faster ours is. *Startup*
-is the time from the start of the process to the end of the first iteration. `sb3` is Stable-Baselines3, or
-sb3-contrib for TRPO, on MuJoCo with VecNormalize; `raw` is the environment alone, under random actions: the
-limit.
+Environment steps per second, end to end with logging to TensorBoard, the programs in turn, each with one
+thread on one core where the heading says nothing else; the first {DROPPED} iterations do not count. *Ours /
+this* is how many times faster ours is. *Startup* is the time from the start of the process to the end of the
+first iteration. `sb3` is Stable-Baselines3, or sb3-contrib for TRPO, on MuJoCo with VecNormalize, on Atari
+with its wrappers; `raw` is the environment alone, under random actions: the limit.
 """
 
 
@@ -195,7 +216,8 @@ def measure(peers: tuple[str, ...], rounds: int, iterations: int, only: str, res
         for round in range(rounds):
             for name, arguments in programs.items():
                 batch_size = comparison.batch_sizes.get(name, comparison.batch_size)
-                taken[name].append(measure_once(arguments, iterations * batch_size))
+                steps = iterations * batch_size
+                taken[name].append(measure_once(arguments, steps, comparison.threads))
                 rate = taken[name][-1]["steps_per_second"]
                 print(
                     f"{comparison.name}, round {round + 1}, {name}: {rate:.0f} steps per second", flush=True

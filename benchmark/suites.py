@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 TRAINING = "charts/episodic_return"  # mean of the last 100 training episodes
-EVALUATION = "eval/episodic_return"  # deterministic policy
+EVALUATION = "eval/episodic_return"  # of the policy without noise, but for Atari
 ELAPSED = "time/elapsed"  # seconds of training so far
 LOSSES = ("losses/approx_kl", "losses/clip_fraction", "losses/entropy", "losses/explained_variance")
 
@@ -41,6 +41,8 @@ class Task:
     evaluation_tag: str = EVALUATION
     other_tags: tuple[str, ...] = LOSSES
     """what else to keep of the logged scalars"""
+    multithreaded: bool = False
+    """whether a run uses more than one core; most would be slower with more"""
     drawn_tag: str = ""
     """one of these that has a panel of its own in the figures, on a logarithmic scale"""
 
@@ -160,6 +162,34 @@ def reinforce(
     )
 
 
+# The best public scores of PPO on each game at 10M steps, without sticky actions: the mean of the last 100
+# training games, and an evaluation of one run, Tianshou's the best of the run, rl-zoo's the last.
+JAX = "CleanRL, JAX"
+PPO_ATARI = {
+    "Pong": ((20.8, JAX), (20.99, "rl-zoo")),
+    "Breakout": ((430, JAX), (441.8, "Tianshou")),
+    "BeamRider": ((2860.6, JAX), (3397, "rl-zoo")),
+    "Qbert": ((17246, JAX), (17395, "Tianshou")),
+    "SpaceInvaders": ((1189, JAX), (1340.5, "Tianshou")),
+    "Seaquest": ((1518, "OpenAI baselines"), (1784, "rl-zoo")),
+    "Enduro": ((1297, JAX), (1245.4, "Tianshou")),
+    "MsPacman": ((2346, JAX), (2098, "Tianshou")),
+}
+# Many games at a time, for a fast emulator, and larger steps: for minutes instead of hours.
+FAST_ATARI_FLAGS = ("--num-envs", "64", "--num-steps", "32", "--num-minibatches", "8", "--update-epochs", "3")
+FAST_ATARI_FLAGS += ("--clip-coef", "0.2", "--learning-rate", "5e-4")
+
+
+def atari(game: str, total_timesteps: int, *flags: str, label: str = "") -> Task:
+    (training, trained_by), (evaluated, evaluated_by) = PPO_ATARI[game]
+    references = (
+        Reference("training", training, f"{trained_by}, 10M"),
+        evaluation(evaluated, f"{evaluated_by}, 10M"),
+    )
+    environment = f"ALE/{game}-v5"
+    return Task("ppo_atari.py", environment, total_timesteps, flags, label, references, multithreaded=True)
+
+
 SUITES: dict[str, list[Task]] = {
     "mujoco": [
         Task(
@@ -213,15 +243,25 @@ SUITES: dict[str, list[Task]] = {
         )
         for estimator in ESTIMATORS
     ],
+    "atari": [atari(game, 10_000_000) for game in PPO_ATARI],
+    "atari-fast": [atari(game, 2_500_000, *FAST_ATARI_FLAGS, label="fast") for game in ("Pong", "Breakout")],
+    # What rounding to bfloat16 costs in score; both with one thread, side by side.
+    "atari-precision": [
+        replace(atari("Breakout", 500_000, *FAST_ATARI_FLAGS, *flag, label=label), multithreaded=False)
+        for label, flag in (("bfloat16", ()), ("float32", ("--no-bfloat16",)))
+    ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
 }
 
 
-def find_suite(name: str, total_timesteps: int | None = None) -> tuple[str, list[Task]]:
-    """Name and tasks of a suite; SystemExit with a sentence if there is none.
+def find_suite(
+    name: str, total_timesteps: int | None = None, preset: str | None = None
+) -> tuple[str, list[Task]]:
+    """Name and tasks of a suite, or of that with a preset; SystemExit with a sentence if there is none.
 
     With `total_timesteps` it is another suite, with another name: a trial is never taken for the real thing.
     """
+    name = f"{name}-{preset}" if preset else name
     if name not in SUITES:
         raise SystemExit(f"There is no suite {name!r}; there are {', '.join(SUITES)}")
     if total_timesteps is None:

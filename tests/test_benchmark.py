@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmark import speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import draw_run
+from benchmark.manifest import available_cores
 from benchmark.report import reference_ratio, write_report
 from benchmark.results import bootstrap_interval, interquartile_mean, summarize
 from benchmark.runs import list_jobs, run_jobs
@@ -142,6 +143,8 @@ def test_suites_give_commands_that_a_user_would_type() -> None:
     assert variant.folder == Path("reinforce_baseline/ALE-Pong-v5")
     name, tasks = find_suite("mujoco", 1000)
     assert name == "mujoco-1000" and {task.total_timesteps for task in tasks} == {1000}
+    name, tasks = find_suite("atari", preset="fast")
+    assert name == "atari-fast" and all("--num-envs" in task.flags for task in tasks)
 
 
 def test_unknown_suite_gives_a_sentence() -> None:
@@ -171,6 +174,14 @@ def test_run_skips_what_is_there_survives_a_failure_and_resumes(script: str, tmp
         "1 of 2 runs are there" in output and "resume fake Bad-v0 seed 1" in output and "Good" not in output
     )
     assert (good / "seed1.csv").stat().st_mtime_ns == written
+
+
+def test_threads_are_shared_out(script: str, tmp_path: Path) -> None:
+    tasks = [Task(script, "One-v0", 1000), Task(script, "All-v0", 1000, multithreaded=True)]
+    jobs = list_jobs("suite", tasks, 1, tmp_path / "results", tmp_path / "runs")
+    assert run_jobs(jobs, parallel=1) == []
+    threads = [json.loads(job.manifest.read_text())["threads"] for job in jobs]
+    assert threads == [1, len(available_cores())]
 
 
 def test_interrupt_ends_the_runs_and_says_how_to_go_on(tmp_path: Path, monkeypatch) -> None:
