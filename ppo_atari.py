@@ -55,7 +55,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the network is; auto is a CUDA GPU if there is one, else the CPU"""
     num_threads: int = 0
-    """threads of the emulator, and of PyTorch on the CPU, per process; 0 for as many as there are cores"""
+    """threads of the emulator, and of PyTorch on the CPU, per process; 0 for as many as PyTorch would take"""
     compile: bool = True
     """compile the update with torch.compile, on a GPU into CUDA graphs; it runs eagerly without a compiler"""
     bfloat16: bool = True
@@ -208,11 +208,12 @@ def check_game(env_id: str) -> None:
     games = [name for name in gym.registry if name.startswith("ALE/")]
     if env_id in games:
         return
-    if env_id in gym.registry and gym.spec(env_id).namespace is None and "NoFrameskip" not in env_id:
+    if env_id in gym.registry and "ale_py" not in str(gym.spec(env_id).entry_point):
         hint = "it is not an Atari game: ppo_discrete.py and ppo_continuous.py are for other environments"
     else:
         by_name = {name[len("ALE/") : -len("-v5")].lower(): name for name in games}
-        name = env_id.split("/")[-1].lower().split("-v")[0].removesuffix("noframeskip")
+        name = env_id.split("/")[-1].lower().split("-v")[0]
+        name = name.removesuffix("noframeskip").removesuffix("deterministic")
         near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(by_name[match] for match in near)}?" if near else "try ALE/Pong-v5"
     raise SystemExit(f"There is no game {env_id}; {hint}")
@@ -428,7 +429,6 @@ class Adam:
 METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
 
 
-@torch.compiler.disable  # communication stays outside of the compiled graph
 def sum_all_over_ranks(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The sums of tensors over all processes, in one message."""
     flat = sum_over_ranks(torch.cat([x.flatten() for x in tensors]))
@@ -441,7 +441,9 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
     With several processes each has a part of the minibatch. Means are sums with `weights`, which add up to 1
     over all parts, so that gradients and metrics need only be added up.
     """
-    distributed = dist.is_initialized()
+    communicate = sum_all_over_ranks if dist.is_initialized() else None
+    if communicate and args.compile:
+        communicate = torch.compiler.disable(communicate)  # one graph ends before it, another begins after
 
     def update(
         observations: torch.Tensor,  # (M, 84, 84, 4)
@@ -452,8 +454,7 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
         weights: torch.Tensor,  # (M,)
     ) -> torch.Tensor:
         logits, values = agent(observations.movedim(-1, 1))
-        log_policy = logits.log_softmax(-1)
-        log_probs = log_policy.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        log_policy, log_probs = logits.log_softmax(-1), log_prob(logits, actions)
         policy_loss = weights @ surrogate_loss(log_probs, old_log_probs, advantages, args.clip_coef)
         value_loss = weights @ (0.5 * (values - returns).square())
         entropy = -(weights @ (log_policy.exp() * log_policy).sum(-1))
@@ -466,16 +467,18 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., torc
             approx_kl = weights @ (log_ratio.exp() - 1 - log_ratio)
             clip_fraction = weights @ ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
             metrics = torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
-            if distributed:
-                *gradients, metrics = sum_all_over_ranks([*gradients, metrics])
+            if communicate:
+                *gradients, metrics = communicate([*gradients, metrics])
             grad_norm = nn.utils.get_total_norm(gradients, foreach=False)
             scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
             optimizer.step([scale * gradient for gradient in gradients])
             return torch.cat((metrics, grad_norm[None]))
 
+    if not args.compile:
+        return update
     for tensor in (*optimizer.parameters, *optimizer.state()):
         torch._dynamo.mark_static_address(tensor)  # a CUDA graph may change these in place
-    return compile_graph(update, optimizer.steps.device) if args.compile else update
+    return compile_graph(update, optimizer.steps.device)
 
 
 def compile_graph(function: Callable, device: torch.device) -> Callable:
@@ -524,7 +527,7 @@ def collect_rollout(
     rewards = np.empty((num_steps, num_games), np.float32)
     terminated, truncated, valid = (np.empty_like(rewards, bool) for _ in range(3))
     for t in range(num_steps):
-        observations[t] = as_images(latest, device).movedim(1, -1)
+        observations[t] = torch.from_numpy(latest).to(device).movedim(1, -1)
         logits[t], values[t] = policy(observations[t].movedim(-1, 1))
         # The largest of logits + noise is a sample of their distribution, if the noise is -log of an
         # exponential variable: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
@@ -740,8 +743,8 @@ def train(args: Args, run: Path, device: torch.device, num_threads: int) -> None
     observations = torch.empty(args.num_steps, num_games, 84, 84, 4, dtype=torch.uint8, device=device)
     latest = reset_games()
     total, already = num_iterations * args.batch_size, iteration * args.batch_size
-    hidden = True if rank() else None  # None: on a terminal only
-    progress = tqdm(total=total, initial=already, unit=" steps", disable=hidden)
+    # None: on a terminal only.
+    progress = tqdm(total=total, initial=already, unit=" steps", disable=True if rank() else None)
     last_line = -math.inf
 
     first = iteration + 1
@@ -774,11 +777,11 @@ def train(args: Args, run: Path, device: torch.device, num_threads: int) -> None
             totals = torch.zeros(len(METRICS), device=device)
             permutation = torch.randperm(num_games * args.num_steps)
             for indices in permutation.view(args.num_minibatches, -1).to(device):
-                *minibatch, advantages, returns, valid = (x[indices] for x in batch)
-                count = sum_over_ranks(valid.sum()).clamp(min=1)
+                *minibatch, advantage, target, counted = (x[indices] for x in batch)
+                count = sum_over_ranks(counted.sum()).clamp(min=1)
                 if args.norm_adv:
-                    advantages = normalize(advantages, valid, count)
-                totals += update(*minibatch, advantages, returns, valid / count)
+                    advantage = normalize(advantage, counted, count)
+                totals += update(*minibatch, advantage, target, counted / count)
             epochs.append(totals / args.num_minibatches)
             if args.target_kl and epochs[-1][METRICS.index("approx_kl")] > 1.5 * args.target_kl:
                 break
@@ -805,7 +808,7 @@ def train(args: Args, run: Path, device: torch.device, num_threads: int) -> None
         if rank() == 0:
             log({f"losses/{name}": value for name, value in losses.items()}, step)
             log({"losses/explained_variance": explained_variance, "losses/epochs": len(epochs)}, step)
-            log({"charts/learning_rate": optimizer.learning_rate}, step)
+            log({"charts/learning_rate": optimizer.learning_rate.item()}, step)
             log({"charts/SPS": args.batch_size / seconds, "time/elapsed": elapsed}, step)
             training_return = math.nan
             if finished:
@@ -825,7 +828,7 @@ def train(args: Args, run: Path, device: torch.device, num_threads: int) -> None
                 last_line = time.perf_counter()
                 speed = f"{args.batch_size / seconds:,.0f} steps/s"
                 print(f"step {step:>9,}: return {training_return:.1f}, {speed}", flush=True)
-        if save_now and args.checkpoint_barrier:
+        if save_now and args.checkpoint_barrier and not last:
             latest = reset_games()
 
     progress.close()
@@ -856,6 +859,7 @@ def make_run_directory(args: Args) -> Path:
 def main(args: Args) -> Path:
     """Trains, goes on with a run, or evaluates one; returns the run directory."""
     warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # those of the evaluation before
+    warnings.filterwarnings("ignore", ".*TensorFloat32")  # a proposal to round what is kept in float32 here
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(args.device, True):
         raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
@@ -884,7 +888,7 @@ def main(args: Args) -> Path:
 
     check_game(args.env_id)  # refuses before there is a run directory
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % processes or args.batch_size // processes % args.num_minibatches:
+    if args.num_envs % processes or (args.batch_size // processes) % args.num_minibatches:
         raise SystemExit(
             f"{processes} processes must divide num_envs = {args.num_envs}, and num_minibatches = "
             f"{args.num_minibatches} the part of the batch that each has, {args.batch_size / processes:g}"
@@ -902,10 +906,10 @@ def main(args: Args) -> Path:
     try:
         train(args, runs[0], device, num_threads)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {runs[0]}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        program = "python" if world_size() == 1 else "torchrun ..."
+        raise SystemExit(f"\nInterrupted; go on with: {program} {Path(__file__).name} --resume {runs[0]}")
+    if dist.is_initialized():  # not after an error: it would wait for processes that wait for this one
+        dist.destroy_process_group()
     return runs[0]
 
 
