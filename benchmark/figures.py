@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmark.events import logged, make_curve, read_scalars
 from benchmark.results import Summary, bootstrap_interval
-from benchmark.suites import ELAPSED
+from benchmark.suites import ELAPSED, Task
 
 COLORS = (
     "#0072b2",
@@ -49,6 +49,11 @@ def mean_curve(summary: Summary, tag: str) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.array([np.interp(grid, steps, values) for steps, values in seeds])
 
 
+def unit_of_steps(task: Task) -> tuple[float, str]:
+    """What steps are divided by along the axis, and its label."""
+    return (1e6, "million steps") if task.total_timesteps >= 10_000 else (1, "steps")
+
+
 def draw_curve(
     axes: Axes,
     summary: Summary,
@@ -64,7 +69,7 @@ def draw_curve(
     if not values.size or axis == "time" and not elapsed.size:
         return
     if axis == "steps":
-        x = steps / 1e6
+        x = steps / unit_of_steps(summary.task)[0]
     else:  # the mean time of the seeds, so that the curves have the shape that they have against steps
         x = np.interp(steps, np.append(0, elapsed_steps), np.append(0, elapsed.mean(0) / 60))
     axes.plot(x, values.T, color=color, linewidth=0.5, alpha=0.4)
@@ -75,7 +80,7 @@ def draw_curve(
 
 def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluation: bool) -> None:
     """The training of one variant, and its evaluations if there is no other."""
-    label = "training, last 100 episodes" if with_evaluation else summary.task.label
+    label = summary.task.training_name if with_evaluation else summary.task.label
     draw_curve(axes, summary, axis, *mean_curve(summary, summary.task.training_tag), color, label)
     if with_evaluation:
         evaluations = summary.evaluation_steps, summary.evaluations
@@ -103,8 +108,8 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
             axes.set_visible(False)
         for axes, (environment, tag) in zip(grid.flat, panels, strict=False):
             axes.set_title(f"{environment}: {tag}" if tag else environment, fontsize=10)
-            axes.set_xlabel("million steps" if axis == "steps" else "minutes")
             here = [summary for summary in summaries if summary.task.environment == environment]
+            axes.set_xlabel(unit_of_steps(here[0].task)[1] if axis == "steps" else "minutes")
             for summary in here:
                 color = COLORS[labels.index(summary.task.label) % len(COLORS)]
                 if tag:

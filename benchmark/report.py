@@ -64,6 +64,7 @@ def table_row(summary: Summary) -> list[str]:
     ]
 
 
+TRAINING_CELL = "training"  # named after what it is in the suite
 HEADER = [
     "Environment",
     "Variant",
@@ -73,17 +74,18 @@ HEADER = [
     "Best evaluation of each seed",
     "Best evaluation of the mean",
     "Published evaluation",
-    "Last 100 training episodes",
+    TRAINING_CELL,
     "Published training",
     "Minutes",
 ]
 
 EXPLANATION = """\
-Mean ± sample standard deviation over seeds. An evaluation is of the deterministic policy. The interquartile
-mean (IQM) is that of the final evaluation, its interval a bootstrap over seeds. *Best evaluation of each
-seed* takes the maximum over training seed by seed; *best evaluation of the mean* takes the point of training
-at which the mean over seeds is highest, which is how Tianshou reports. Minutes are those of training, without
-the evaluations, on one core."""
+Mean ± sample standard deviation over seeds. An evaluation is of the deterministic policy, on Atari of the one
+that is played in training; with a language model it is of greedy completions. The interquartile mean (IQM) is
+that of the final evaluation, its interval a bootstrap over seeds. *Best evaluation of each seed* takes the
+maximum over training seed by seed; *best evaluation of the mean* takes the point of training at which the
+mean over seeds is highest, which is how Tianshou reports. Minutes are those of training, without the
+evaluations, on the cores that the run had."""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -148,7 +150,9 @@ def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) ->
         draw_suite(summaries, path, axis)
         link = Path(os.path.relpath(path, results / suite)).as_posix()
         images.append(f"![Learning curves, {axis}]({link})\n")
-    text = table(HEADER, [table_row(summary) for summary in summaries])
+    names = ", ".join(dict.fromkeys(task.training_name for task in tasks))
+    header = [names.capitalize() if cell == TRAINING_CELL else cell for cell in HEADER]
+    text = table(header, [table_row(summary) for summary in summaries])
     aggregate = aggregates(summaries)
     manifests = [manifest for summary in summaries for manifest in summary.manifests]
     commands = f"    {manifests[0]['command']}"

@@ -41,6 +41,8 @@ class Task:
     evaluation_tag: str = EVALUATION
     other_tags: tuple[str, ...] = LOSSES
     """what else to keep of the logged scalars"""
+    training_name: str = "last 100 training episodes"
+    """what the value of training_tag is, for tables and figures"""
     multithreaded: bool = False
     """whether a run uses more than one core; most would be slower with more"""
     drawn_tag: str = ""
@@ -190,6 +192,29 @@ def atari(game: str, total_timesteps: int, *flags: str, label: str = "") -> Task
     return Task("ppo_atari.py", environment, total_timesteps, flags, label, references, multithreaded=True)
 
 
+# Several updates per batch, without which most of the losses are the same.
+SEVERAL_UPDATES = ("--num-minibatches", "4", "--num-iterations", "2", "--learning-rate", "2e-4")
+LOSSES_OF_GRPO = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+ADVANTAGES_OF_GRPO = ("grpo", "rloo", "softmax")  # and dr_grpo, the default, which the losses have
+
+
+def grpo(*flags: str, label: str = "") -> Task:
+    """Three-digit sums, for as many steps as are the default; both figures are of held-out prompts."""
+    return Task(
+        "grpo_llm.py",
+        "arithmetic",
+        50,
+        flags,
+        label,
+        environment_flag="--task",
+        steps_flag="--max-steps",
+        training_tag="eval/pass@1",
+        training_name="pass@1, sampled",
+        evaluation_tag="eval/greedy_pass@1",
+        other_tags=("reward", "eval/pass@8", "eval/kl_to_reference", "eval/mean_length", "entropy"),
+    )
+
+
 SUITES: dict[str, list[Task]] = {
     "mujoco": [
         Task(
@@ -249,6 +274,14 @@ SUITES: dict[str, list[Task]] = {
     "atari-precision": [
         replace(atari("Breakout", 500_000, *FAST_ATARI_FLAGS, *flag, label=label), multithreaded=False)
         for label, flag in (("bfloat16", ()), ("float32", ("--no-bfloat16",)))
+    ],
+    "llm-grpo": [grpo()],
+    "llm-grpo-losses": [
+        *(grpo("--loss", loss, *SEVERAL_UPDATES, label=loss) for loss in LOSSES_OF_GRPO),
+        *(
+            grpo("--advantages", kind, *SEVERAL_UPDATES, label=f"dapo, advantages {kind}")
+            for kind in ADVANTAGES_OF_GRPO
+        ),
     ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
 }

@@ -233,6 +233,16 @@ def test_seeds_decide_the_games_and_threads_do_not():
     assert begun[0] == begun[1] and begun[0][:2] == ends[0][0][:2]
 
 
+@pytest.mark.parametrize(("env_id", "fire"), [(BREAKOUT, 1), (MS_PACMAN, 0)])
+def test_games_start_with_up_to_30_no_ops(env_id, fire):
+    games, begun = ppo.Games(env_id, 2, 1, 0.0), Counter()
+    for first_seed in range(0, 400, 2):
+        games.reset(first_seed + np.arange(2))
+        begun.update(games.frames.tolist())
+    assert min(begun) - fire <= 1 and max(begun) - fire == 30 and len(begun) >= 30
+    games.close()
+
+
 def test_reset_forgets_the_games_before():
     games, still = ppo.Games(BREAKOUT, 2, 1, 0.0), np.zeros(2, int)
     seeds, returns = np.array([0, 1]), []
@@ -692,6 +702,29 @@ def test_evaluation_is_whole_games_of_the_policy(monkeypatch):
     monkeypatch.setattr(ppo, "MAX_FRAMES", 200)
     ppo.evaluate(agent, BREAKOUT, 1, 5)
     assert not np.array_equal(made[2].given, actions[: len(made[2].given), 1:2])
+
+
+def test_evaluation_counts_the_first_game_at_each_place(monkeypatch):
+    """One place is through with three games before the other is with its first."""
+
+    class Scripted(StillGames):
+        def __init__(self, env_id, num_games, num_threads, sticky):
+            super().__init__(num_games)
+            self.steps, self.finished = 0, []
+
+        def reset(self, seeds):
+            return np.zeros((len(seeds), 4, 84, 84), np.uint8)
+
+        def step(self, actions):
+            self.steps += 1
+            self.finished += [(0, 10.0 * self.steps, 1.0)] + [(1, 7.0, 3.0)] * (self.steps == 3)
+            return super().step(actions)
+
+        def close(self):
+            assert self.steps == 3
+
+    monkeypatch.setattr(ppo, "Games", Scripted)
+    assert ppo.evaluate(ppo.Agent(4), BREAKOUT, episodes=2, seed=0).tolist() == [10, 7]
 
 
 def test_evaluation_with_sticky_actions(monkeypatch):
@@ -1294,6 +1327,5 @@ def test_it_learns(tmp_path, monkeypatch):
     curves = read_curves(train(tmp_path, **settings, total_timesteps=10 * 256))
     explained = [*curves["losses/explained_variance"].values()]
     rewards = [x[7].mean().item() for x in seen]
-    print("LEARN", explained, rewards, curves["losses/entropy"])
     assert np.mean(explained[:3]) < 0.1 and np.mean(explained[-3:]) > 0.25
     assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])

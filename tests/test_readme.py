@@ -25,6 +25,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 TRAIN = {"num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 1, "critic_epochs": 1}
 TRAIN |= {"total_timesteps": 256, "eval_episodes": 1, "compile": False}
+TRAIN |= {"sft_steps": 10, "max_steps": 2, "num_prompts": 4, "num_generations": 4, "eval_prompts": 4}
 SMALL = {
     "--resume": "--total-timesteps 384",
     "--evaluate": "--eval-episodes 1",
@@ -135,8 +136,23 @@ def test_readme_runs(block: str, clone: Path):
         run([sys.executable, *cut_down(command)], clone, variables)
 
 
+def check_metrics_of_a_language_model(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rewards at which an untrained model sometimes differs from itself, so that there are updates."""
+
+    def parity(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        return [float(len(completion) % 2) for completion in completions]
+
+    monkeypatch.setitem(SCRIPTS[name].Arithmetic.rewards, "correctness", (parity, 1.0))
+    run = SCRIPTS[name].main(SCRIPTS[name].Args(**small_arguments(name), runs=str(folder)))
+    logged = {tag for tag in read_curves(run) if not tag.endswith("/text_summary")} | {"time/elapsed"}
+    assert logged == set(re.findall(r"^\| `([a-z][^`]+)`", PAGES[name], re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_logged_metrics_are_documented(name: str, tmp_path: Path):
+def test_logged_metrics_are_documented(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if name.endswith("_llm"):
+        check_metrics_of_a_language_model(name, tmp_path, monkeypatch)
+        return
     quick = {"HalfCheetah-v5": "Pendulum-v1", "ALE/Breakout-v5": "ALE/Breakout-v5"}
     env_id = quick.get(SCRIPTS[name].Args().env_id, "CartPole-v1")
     arguments = small_arguments(name) | {"env_id": env_id, "runs": str(tmp_path), "total_timesteps": 2500}

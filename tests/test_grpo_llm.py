@@ -1,0 +1,1013 @@
+"""grpo_llm.py, against transformers, against TRL's formulas, plain definitions and hand-worked numbers."""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import REPOSITORY, checkpoint_difference, read_curves, start
+from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, refusal
+
+import grpo_llm as grpo
+
+SCRIPT = "grpo_llm.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ----------------------------------------------------------------------------------------------- model
+
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SHAPE |= {"initializer_range": 0.3, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama-all-heads": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_parameters": LINEAR}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-untied": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+}
+
+
+def make_peer(name: str, folder: Path, **options):
+    """A model of transformers with random weights, biases and norms too; its folder."""
+    family, changes = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
+    peer = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for x in peer.parameters():
+            if x.ndim == 1:
+                x += 0.3 * torch.randn_like(x)
+    peer.save_pretrained(folder, **options)
+    return peer
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(2, SHAPE["vocab_size"], shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    """Read from one file and written back, past the original context of scaled positions."""
+    peer = make_peer(name, tmp_path / "peer")
+    model = grpo.Transformer.from_pretrained(tmp_path / "peer")
+    tokens = random_tokens(3, 100)
+    with torch.no_grad():
+        expected = peer(tokens).logits
+        assert expected.std() > 0.5
+        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path / "saved")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert type(again) is type(peer)
+        torch.testing.assert_close(again(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(list(model.parameters())) == len(list(peer.parameters()))
+
+
+def test_sharded_files_and_old_configs_are_read(tmp_path):
+    peer = make_peer("llama-llama3", tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    for left_out in ("head_dim", "tie_word_embeddings", "hidden_act"):
+        del config[left_out]
+    file.write_text(json.dumps(config))
+    tokens = random_tokens(2, 50)
+    with torch.no_grad():
+        logits = grpo.Transformer.from_pretrained(tmp_path)(tokens)
+        torch.testing.assert_close(logits, peer(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"use_sliding_window": True}, "sliding windows"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "longrope"),
+        ({"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 3}, "do not fit"),
+        ({"hidden_size": None}, "Cannot read a model"),
+    ],
+)
+def test_models_that_are_not_supported_are_named(changes, message, tmp_path):
+    make_peer("llama", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert message in refusal(grpo.Transformer.from_pretrained, tmp_path)
+
+
+def test_missing_model_files_are_named(tmp_path):
+    assert "config.json" in refusal(grpo.Transformer.from_pretrained, tmp_path)
+    make_peer("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    assert str(tmp_path) in refusal(grpo.Transformer.from_pretrained, tmp_path)
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def model(request) -> grpo.Transformer:
+    config = SHAPE | {"model_type": request.param, "head_dim": 10, "rope_theta": 100.0}
+    return grpo.Transformer(config)
+
+
+def test_padding_changes_nothing(model):
+    """Neither how far a row is filled up nor with what, nor what other rows there are."""
+    tokens, starts = random_tokens(4, 30), torch.tensor([3, 9, 5, 1])
+    lengths = torch.tensor([6, 8, 1, 7])
+    log_probs = grpo.completion_log_probs(model, tokens, starts, 8, 0.7)
+    other = tokens.clone()
+    for i in range(4):
+        other[i, starts[i] + lengths[i] :] = random_tokens(30 - starts[i] - lengths[i])
+    other = torch.cat((other, random_tokens(4, 11)), 1)[[2, 0, 3, 1]]
+    again = grpo.completion_log_probs(model, other, starts[[2, 0, 3, 1]], 8, 0.7)[[1, 3, 0, 2]]
+    mask = torch.arange(8) < lengths[:, None]
+    torch.testing.assert_close(again[mask], log_probs[mask], atol=1e-5, rtol=1e-5)
+    full = (model(tokens) / 0.7).log_softmax(-1)
+    for i, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist())):
+        for j in range(first, first + count):
+            assert log_probs[i, j - first].item() == pytest.approx(
+                full[i, j - 1, tokens[i, j]].item(), abs=1e-5
+            )
+
+
+def test_chunks_of_the_head_and_checkpointing_change_nothing(model, monkeypatch):
+    tokens, starts = random_tokens(4, 20), torch.tensor([3, 9, 5, 1])
+
+    def results():
+        model.zero_grad()
+        log_probs = grpo.completion_log_probs(model, tokens, starts, 8, 1.3)
+        log_probs.square().sum().backward()
+        return [log_probs.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = results()
+    monkeypatch.setattr(grpo, "HEAD_ELEMENTS", 61 * 5)
+    model.gradient_checkpointing = True
+    for x, y in zip(results(), expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- sampler
+
+
+def plain_generate(model, prompt: list[int], uniforms: torch.Tensor, eos: list[int], temperature: float):
+    """Token by token, with the whole row read anew each time; log-probabilities of the sampled tokens."""
+    row, log_probs = list(prompt), []
+    for u in uniforms:
+        with torch.no_grad():
+            distribution = (model(torch.tensor([row]))[0, -1].double() / (temperature or 1)).log_softmax(-1)
+        if temperature:
+            token = int((distribution.exp().cumsum(0) <= u.item()).sum())
+        else:
+            token = int(distribution.argmax())
+        row.append(token)
+        log_probs.append(distribution[token].item())
+        if token in eos:
+            break
+    return row[len(prompt) :], log_probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_sampler_is_the_plain_loop(model, temperature):
+    """Prompts of several lengths, with groups; rows that end early leave the batch and change no other."""
+    prompts = [random_tokens(n).tolist() for n in (2, 7, 4)]
+    uniforms, eos = torch.rand(3, 60, 13), [1, 5, 6, 7, 8, 9, 10, 11]
+    out = grpo.generate(model, prompts, uniforms, eos, temperature)
+    lengths = set()
+    for i in range(0, 180, 7):
+        tokens, log_probs = plain_generate(
+            model, prompts[i // 60], uniforms.flatten(0, 1)[i], eos, temperature
+        )
+        n = len(tokens)
+        lengths.add(n)
+        assert out.lengths[i] == n and out.tokens[i, :n].tolist() == tokens
+        assert out.finished[i].item() == (tokens[-1] in eos)
+        assert not out.tokens[i, n:].any() and not out.log_probs[i, n:].any()
+        np.testing.assert_allclose(out.log_probs[i, :n], log_probs, rtol=1e-5, atol=1e-5)  # float32
+    if temperature:  # so many rows have ended that the others went on in a smaller batch
+        assert (out.lengths <= 12).sum() > 64
+    assert temperature == 0 or len(lengths) > 3
+
+
+def test_log_probs_of_sampler_and_trainer_are_equal(model):
+    args = grpo.Args(max_completion_length=13)
+    prompts = [random_tokens(n).tolist() for n in (2, 7, 4)]
+    for temperature in (1.0, 0.7):
+        out = grpo.generate(model, prompts, torch.rand(3, 8, 13), [1, 2, 3, 4], temperature)
+        batch = grpo.make_batch(prompts, out, torch.zeros(24), args)
+        assert torch.equal(batch.mask.sum(1), out.lengths)  # the token that ends a completion is in the loss
+        rows = torch.randperm(24)[:20]
+        log_probs = grpo.log_probs_of(model, batch, rows, temperature)
+        count = log_probs.shape[1]
+        gap = (log_probs - batch.old_log_probs[rows, :count])[batch.mask[rows, :count]]
+        assert gap.abs().max() < 1e-5
+        for i in (0, 9, 23):
+            prompt, n = prompts[i // 8], out.lengths[i]
+            row = batch.tokens[i, : len(prompt) + n].tolist()
+            assert row == prompt + out.tokens[i, :n].tolist() and not batch.tokens[i, len(row) :].any()
+
+
+def test_frequencies_of_tokens_follow_the_distribution(model):
+    prompt, n = random_tokens(5).tolist(), 20_000
+    out = grpo.generate(model, [prompt], torch.rand(1, n, 1), [1], 1.5)
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt]))[0, -1] / 1.5).softmax(-1) * n
+    counts = torch.bincount(out.tokens[:, 0], minlength=len(expected))
+    chi2 = ((counts - expected).square() / expected.clamp(min=1)).sum()
+    assert chi2 < 61 + 4 * math.sqrt(2 * 61)
+
+
+def test_extreme_uniform_numbers_give_tokens_that_have_probability(model):
+    uniforms = torch.tensor([0.0, 1 - 2**-24]).expand(2, 4, 2)
+    with torch.no_grad():
+        model.lm_head.weight[-30:] = 0
+        model.lm_head.weight *= 1000
+    out = grpo.generate(model, [[3], [4, 5]], uniforms, [1])
+    assert (out.log_probs > -20).all() and (out.tokens < 61).all()
+
+
+def test_masking_of_truncated_completions(model):
+    out = grpo.generate(model, [[3], [4, 5]], torch.rand(2, 16, 4), list(range(1, 12)))
+    assert 0 < out.finished.sum() < 32
+    args = grpo.Args(max_completion_length=4, mask_truncated_completions=True)
+    batch = grpo.make_batch([[3], [4, 5]], out, torch.zeros(32), args)
+    assert torch.equal(batch.mask.sum(1), out.lengths * out.finished)
+
+
+# ------------------------------------------------------------------------------------- advantages, loss
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    expected = {
+        "dr_grpo": [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]],
+        "rloo": [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [2, -2 / 3, -2 / 3, -2 / 3]],
+        "grpo": [
+            [x / (math.sqrt(1 / 3) + 1e-4) for x in (0.5, -0.5, -0.5, 0.5)],
+            [1.5 / 1.0001, *[-0.5 / 1.0001] * 3],
+        ],
+    }
+    e = math.e
+    expected["softmax"] = [
+        [e / (2 * e + 2) - 0.25, 1 / (2 * e + 2) - 0.25, 1 / (2 * e + 2) - 0.25, e / (2 * e + 2) - 0.25],
+        [e**3 / (e**3 + 3 * e) - 0.25, *[e / (e**3 + 3 * e) - 0.25] * 3],
+    ]
+    for kind, values in expected.items():
+        torch.testing.assert_close(grpo.group_advantages(rewards, kind), torch.tensor(values).double())
+    hot = grpo.group_advantages(rewards, "softmax", temperature=2.0)
+    torch.testing.assert_close(hot, (2 * rewards).softmax(1) - 0.25)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 3
+    torch.testing.assert_close(grpo.group_advantages(rewards, "rloo"), rewards - others)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "softmax"])
+def test_equal_rewards_have_no_advantage(kind):
+    rewards = torch.tensor([0.1, 0.7, -1 / 3]).repeat_interleave(7).view(3, 7)
+    assert not grpo.group_advantages(rewards, kind).any()
+    rewards[0, 0] += 1e-3
+    assert (grpo.group_advantages(rewards, kind) != 0).any(1).tolist() == [True, False, False]
+
+
+def inputs(B: int = 5, T: int = 7) -> dict:
+    """A batch in float64 with ratios on both sides of each bound; one row with a single token."""
+    old = -2 * torch.rand(B, T, dtype=torch.float64)
+    log_probs = (old + 0.4 * torch.randn(B, T, dtype=torch.float64)).requires_grad_()
+    lengths = torch.tensor([7, 3, 1, 5, 6, 2, 4, 7][:B])
+    return {
+        "log_probs": log_probs,
+        "old_log_probs": old,
+        "reference_log_probs": old + 0.3 * torch.randn(B, T, dtype=torch.float64),
+        "advantages": torch.tensor([1.5, -0.5, 0.7, -1.0, 0.2, -0.3, 0.0, 1.0], dtype=torch.float64)[:B],
+        "mask": torch.arange(T) < lengths[:, None],
+    }
+
+
+def plain_loss(x: dict, *, loss, clip_low, clip_high, beta, kl, max_completion_length):
+    """TRL's formulas (1.16), one token after the other."""
+    B, totals, means, lengths = len(x["advantages"]), [], [], x["mask"].sum(1).tolist()
+    for i in range(B):
+        A, n = x["advantages"][i], lengths[i]
+        log_ratio = x["log_probs"][i] - x["old_log_probs"][i]
+        tokens = []
+        for t in range(n):
+            r = (log_ratio[:n].mean() if loss == "gspo" else log_ratio[t]).exp()
+            if loss == "cispo":
+                value = -min(r.item(), clip_high) * A * x["log_probs"][i, t]
+            else:
+                value = -torch.minimum(r * A, r.clamp(1 - clip_low, 1 + clip_high) * A)
+            d = x["reference_log_probs"][i, t] - x["log_probs"][i, t]
+            value = value + beta * {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[kl]
+            tokens.append(value)
+        totals.append(sum(tokens))
+        means.append(sum(tokens) / n)
+    if loss in ("grpo", "gspo"):
+        return sum(means) / B
+    return sum(totals) / (B * max_completion_length if loss == "dr_grpo" else sum(lengths))
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("loss", grpo.CLIP_RANGES)
+def test_policy_loss_and_gradient_are_the_formulas(loss, kl):
+    low, high = grpo.CLIP_RANGES[loss] if loss != "cispo" else (0.2, 1.1)
+    settings = {"loss": loss, "clip_low": low, "clip_high": high, "beta": 0.3, "kl": kl}
+    settings |= {"max_completion_length": 11}
+    x = inputs()
+    value, metrics = grpo.policy_loss(**x, **settings)
+    expected = plain_loss(x, **settings)
+    torch.testing.assert_close(value, expected)
+    gradients = [torch.autograd.grad(y, x["log_probs"])[0] for y in (value, expected)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][~x["mask"]].any() and gradients[0][x["mask"]].any()
+    # What is under the mask may be anything; empty rows and columns change nothing.
+    filled = {name: y.detach().clone() for name, y in x.items()}
+    for name in ("log_probs", "old_log_probs", "reference_log_probs"):
+        filled[name][~x["mask"]] = math.nan if name == "old_log_probs" else -77.0
+        filled[name] = torch.nn.functional.pad(filled[name], (0, 3, 0, 1), value=5.0)
+    filled["mask"] = torch.nn.functional.pad(x["mask"], (0, 3, 0, 1))
+    filled["advantages"] = torch.nn.functional.pad(x["advantages"], (0, 1), value=9.0)
+    torch.testing.assert_close(grpo.policy_loss(**filled, **settings)[0], value.detach())
+    for mask in (x["mask"].float(), x["mask"].double()):
+        torch.testing.assert_close(grpo.policy_loss(**x | {"mask": mask}, **settings)[0], value)
+
+
+GOLDENS = Path(__file__).parent / "goldens" / "grpo_trl.json"
+
+
+def golden_inputs() -> tuple[dict, dict[str, dict]]:
+    """Numbers that do not depend on a generator, and the settings of each loss."""
+    grid = torch.arange(40, dtype=torch.float64).view(5, 8)
+    old = -1 - torch.sin(1.7 * grid)
+    x = {
+        "log_probs": (old + 0.4 * torch.cos(2.3 * grid)).requires_grad_(),
+        "old_log_probs": old,
+        "reference_log_probs": old + 0.3 * torch.sin(3.1 * grid),
+        "advantages": torch.tensor([1.5, -0.5, 0.7, -1.0, 0.2], dtype=torch.float64),
+        "mask": torch.arange(8) < torch.tensor([8, 3, 1, 5, 6])[:, None],
+    }
+    common = {"beta": 0.1, "max_completion_length": 9}
+    ranges = grpo.CLIP_RANGES | {"gspo": (0.01, 0.02), "cispo": (0.2, 1.2)}
+    return x, {
+        loss: {"loss": loss, "clip_low": low, "clip_high": high} | common
+        for loss, (low, high) in ranges.items()
+    }
+
+
+def trl_loss(x: dict, settings: dict) -> torch.Tensor:
+    """The method of TRL's trainer, called with a stand-in for the trainer; a private interface, of 1.16."""
+    from trl import GRPOTrainer
+
+    loss, mask = settings["loss"], x["mask"].double()
+    trainer = MagicMock()
+    trainer._get_per_token_logps_and_entropies.return_value = (x["log_probs"], torch.zeros_like(mask), None)
+    trainer.importance_sampling_level = "sequence" if loss == "gspo" else "token"
+    trainer.loss_type = "grpo" if loss == "gspo" else loss
+    trainer.epsilon_low, trainer.epsilon_high = settings["clip_low"], settings["clip_high"]
+    trainer.beta, trainer.max_completion_length = settings["beta"], settings["max_completion_length"]
+    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
+    trainer.use_vllm = trainer._entropy_bonus_enabled = trainer.aux_loss_enabled = False
+    trainer.args.use_bias_correction_kl, trainer.args.delta, trainer.args.steps_per_generation = (
+        False,
+        None,
+        1,
+    )
+    trainer.current_gradient_accumulation_steps = trainer.accelerator.num_processes = 1
+    trainer.accelerator.gather.side_effect = lambda y: y
+    trainer.accelerator.reduce.side_effect = lambda y, **_: y
+    batch = {"prompt_ids": torch.zeros(5, 1), "prompt_mask": torch.ones(5, 1), "completion_ids": mask}
+    batch |= {"completion_mask": mask, "advantages": x["advantages"], "num_items_in_batch": mask.sum()}
+    batch |= {"old_per_token_logps": x["old_log_probs"], "ref_per_token_logps": x["reference_log_probs"]}
+    return GRPOTrainer._compute_loss(trainer, None, batch)
+
+
+def with_gradient(value: torch.Tensor, x: dict) -> dict:
+    return {"loss": value.item(), "gradient": torch.autograd.grad(value, x["log_probs"])[0].tolist()}
+
+
+@pytest.mark.parametrize("loss", grpo.CLIP_RANGES)
+def test_losses_are_those_of_trl(loss):
+    """Values and gradients; frozen, made with TRL 1.16.0 by this file run as a script."""
+    x, settings = golden_inputs()
+    expected = json.loads(GOLDENS.read_text())[loss]
+    found = with_gradient(grpo.policy_loss(**x, **settings[loss])[0], x)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    np.testing.assert_allclose(found["gradient"], expected["gradient"], rtol=1e-9, atol=1e-12)
+
+
+def test_losses_by_hand():
+    """Two rows of 2 tokens and 1, ratios 2, 1 and 1/2; token by token on paper."""
+    log_probs = torch.tensor([[math.log(2), 0.0], [-math.log(2), 0.0]], requires_grad=True)
+    mask, advantages = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1.0, -2.0])
+    expected = {
+        "grpo": (-(1.2 + 1) / 2 + 1.6) / 2,
+        "dr_grpo": (-(1.2 + 1) + 1.6) / (2 * 4),
+        "dapo": (-(1.28 + 1) + 1.6) / 3,
+        "gspo": (-1.0004 + 2 * (1 - 3e-4)) / 2,
+        "cispo": (-2 * math.log(2) - 0 + 2 * 0.5 * -math.log(2)) / 3,
+    }
+    for loss, value in expected.items():
+        low, high = grpo.CLIP_RANGES[loss]
+        zeros = torch.zeros(2, 2)
+        settings = {"clip_low": low, "clip_high": high, "beta": 0.0, "max_completion_length": 4}
+        total, metrics = grpo.policy_loss(log_probs, zeros, None, advantages, mask, loss=loss, **settings)
+        assert total.item() == pytest.approx(value, rel=1e-5), loss
+        clipped = {"gspo": (1 / 3, 2 / 3), "cispo": (0, 0)}.get(loss, (1 / 3, 1 / 3))
+        found = metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]
+        np.testing.assert_allclose(found, clipped, rtol=1e-6)
+        assert metrics["clip_ratio/region_mean"].item() == pytest.approx(sum(clipped))
+        assert "kl" not in metrics
+
+
+@pytest.mark.parametrize("loss", grpo.CLIP_RANGES)
+def test_parts_of_a_batch_add_up_to_it(loss):
+    """Losses, gradients and metrics, with the counts of the whole."""
+    x = inputs(8)
+    settings = {"loss": loss, "clip_low": 0.1, "clip_high": 0.2, "beta": 0.1, "max_completion_length": 9}
+    whole, metrics = grpo.policy_loss(**x, **settings)
+    (expected,) = torch.autograd.grad(whole, x["log_probs"])
+    counts = {"token_count": x["mask"].sum(), "sequence_count": 8}
+    parts = []
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 8)):
+        part = {name: y[rows] for name, y in x.items()}
+        parts.append(grpo.policy_loss(**part, **settings, **counts))
+    total = sum(value for value, _ in parts)
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(torch.autograd.grad(total, x["log_probs"])[0], expected)
+    for name, value in metrics.items():
+        torch.testing.assert_close(sum(part[name] for _, part in parts), value)
+
+
+def test_kl_estimates():
+    """Their mean over a whole distribution is the KL for k1 and k3; each is 0 where the policies agree."""
+    policy, reference = torch.randn(2, 9, dtype=torch.float64).mul(0.3).log_softmax(-1)
+    kl = (policy.exp() * (policy - reference)).sum()
+    for kind, close in (("k1", 1e-12), ("k3", 1e-12), ("k2", 0.02)):
+        mean = (policy.exp() * grpo.kl_estimate(policy, reference, kind)).sum()
+        assert abs(mean - kl) < close * max(1, kl), kind
+        assert not grpo.kl_estimate(policy, policy, kind).any()
+    assert (grpo.kl_estimate(policy, reference, "k3") >= 0).all()
+    far = grpo.kl_estimate(torch.tensor([-200.0, 0.0]), torch.tensor([0.0, -200.0]), "k3")
+    assert far.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss", grpo.CLIP_RANGES)
+def test_micro_batches_change_nothing(model, loss, beta, monkeypatch):
+    """One step of the optimizer, with rows of many lengths, some of them without an advantage."""
+    prompts = [random_tokens(n).tolist() for n in (2, 7, 4)]
+    out = grpo.generate(model, prompts, torch.rand(3, 8, 13), [1, 2, 3, 4])
+    advantages = torch.randn(24) * (torch.rand(24) < 0.6)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.02 * torch.randn_like(p)
+    results = []
+    for size in (24, 5):
+        args = grpo.Args(loss=loss, beta=beta, micro_batch_size=size, max_completion_length=13)
+        batch = grpo.make_batch(prompts, out, advantages, args)
+        batch.old_log_probs += 0.1 * torch.sin(torch.arange(13 + 3))
+        if beta:
+            batch.reference_log_probs = grpo.reference_of(reference, batch, args)
+        gradients = []
+        monkeypatch.setattr(
+            grpo,
+            "optimizer_step",
+            lambda *a, out=gradients: out.extend(p.grad.clone() for p in a[0].parameters()) or 1.0,
+        )
+        model.zero_grad()
+        metrics = grpo.take_step(model, None, batch, torch.arange(24), args)
+        if size == 24:  # the plain formula on all rows
+            log_probs = grpo.log_probs_of(model, batch, torch.arange(24), 1.0)
+            low, high = args.clip_range
+            loss_value, _ = grpo.policy_loss(
+                log_probs, batch.old_log_probs[:, : log_probs.shape[1]], batch.reference_log_probs,
+                advantages, batch.mask[:, : log_probs.shape[1]], loss=loss, clip_low=low, clip_high=high,
+                beta=beta, max_completion_length=13,
+            )  # fmt: skip
+            results.append(list(torch.autograd.grad(loss_value, list(model.parameters()))))
+            assert metrics["loss"] == pytest.approx(loss_value.item(), abs=1e-5)
+        results.append(gradients)
+    for one in results[1:]:
+        for x, y in zip(one, results[0], strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------- rewards and tasks
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<think>5+7=12</think><answer>852</answer>", "852"),
+        (" <think></think>\n <answer> 852 </answer>\n", "852"),
+        ("<think>a</think><answer></answer>", ""),
+        ("<think>a</think><answer>852</answer>.", None),
+        ("<think>a</think><answer>1</answer><answer>852</answer>", None),
+        ("<think><think>a</think><answer>852</answer>", None),
+        ("<answer>852</answer><think></think>", None),
+        ("<think></think>852", None),
+        ("852", None),
+        ("", None),
+    ],
+)
+def test_format(completion, answer):
+    assert grpo.tagged_answer(completion) == answer
+    assert grpo.format_reward([""], [completion]) == [float(answer is not None)]
+
+
+def test_numbers():
+    for text, value in (("852", 852), ("-1,234.50", Fraction(-2469, 2)), ("$7", 7), (" 007 ", 7)):
+        assert grpo.parse_number(text) == value
+    for text in ("", "1e3", "0x10", "٣", "1_000", "nan", "--1", "1.", "1 2", "9" * 50, None, "½", "1\x00"):
+        assert grpo.parse_number(text) is None
+    assert grpo.last_number("so 3 and <answer>x = 1,852. </answer>") == "1,852"
+    assert grpo.last_number("it is 3, no, 12") == "12" and grpo.last_number("nothing") is None
+
+
+def test_expressions():
+    good = {"1+2*3": (7, [1, 2, 3]), "(1+2)*3": (9, [1, 2, 3]), "8/3/2": (Fraction(4, 3), [8, 3, 2])}
+    good |= {"10-4-3": (3, [10, 4, 3]), " 2 * ( 3 ) ": (6, [2, 3]), "7": (7, [7])}
+    for text, expected in good.items():
+        assert grpo.parse_expression(text) == expected
+    bad = ["", "1+", "(1", "1)", "1 2", "-1", "1**2", "2//1", "1/0", "1/(2-2)", "a", "1;2", "__import__", "²"]
+    for text in [*bad, "(" * 90 + "1", "1" * 101, None, "1\n+\x00", "٣+1", "()"]:
+        assert grpo.parse_expression(text) is None, text
+    for _ in range(200):  # against Python's own arithmetic
+        numbers = [random.randrange(1, 20) for _ in range(4)]
+        text = "(1+2)*3-4/5".replace("1", str(numbers[0])).replace("5", str(numbers[3]))
+        assert grpo.parse_expression(text)[0] == eval(re.sub(r"(\d+)", r"Fraction(\1)", text))
+
+
+HOSTILE = ["9" * 2_000_000, "(" * 1_000_000, "<think>" * 200_000, "<answer>" * 200_000, "\x00" * 1000]
+HOSTILE += ["<think></think>" * 100_000, " " * 1_000_000, "-,." * 300_000, "٣" * 100_000, "1/" * 40 + "0"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:8])
+def test_hostile_completions_cost_little_and_gain_nothing(text):
+    columns = {"answer": ["9"], "numbers": [[9, 9, 9]], "target": [9]}
+    for completion in (text, f"<think></think><answer>{text}</answer>", f"<answer>{text}"):
+        for reward in (grpo.number_reward, grpo.countdown_reward):
+            for extract in (grpo.tagged_answer, grpo.last_answer, grpo.last_number):
+                seconds = []
+                for _ in range(3):
+                    begin = time.perf_counter()
+                    value = reward([""], [completion], **columns, extract=extract)
+                    seconds.append(time.perf_counter() - begin)
+                assert value == [0.0] and min(seconds) < 0.002
+
+
+@pytest.mark.parametrize("make", [grpo.Arithmetic, grpo.Countdown])
+def test_generated_tasks(make):
+    """Held-out prompts never come up in training; all can be written in the vocabulary; some are solved."""
+    task, tokenizer = make(3), grpo.make_tokenizer()
+    train = [task.train_problem(i) for i in range(-200, 200)]
+    held_out = task.held_out_problems(100)
+    assert train[7] == make(3).train_problem(-193) and train[7] != make(4).train_problem(-193)
+    assert held_out == make(4).held_out_problems(100)
+    assert not {x["prompt"] for x in train} & {x["prompt"] for x in held_out}
+    assert all(grpo.is_held_out(x["prompt"]) for x in held_out) and not any(
+        grpo.is_held_out(x["prompt"]) for x in train
+    )
+    rng = random.Random(0)
+    texts = [task.demonstration(problem, rng) for problem in train]
+    ids = tokenizer([x + "<eos>" for x in texts], add_special_tokens=False)["input_ids"]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+    assert max(map(len, ids)) <= task.max_completion_length and all(
+        x[-1] == tokenizer.eos_token_id for x in ids
+    )
+    rewards = grpo.score(task, train, texts)
+    assert rewards["format"].all() and 0.2 < rewards["correctness"].mean() < 0.7
+    torch.testing.assert_close(rewards["reward"], rewards["correctness"] + 0.5 * rewards["format"])
+    prompts = tokenizer([x["prompt"] for x in train])["input_ids"]
+    assert all(x[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in x for x in prompts)
+
+
+def test_arithmetic_demonstrations_are_right_without_slips():
+    class Careful(random.Random):
+        def random(self):
+            return 0.99
+
+    task = grpo.Arithmetic(0)
+    for a, b in ((365, 487), (999, 999), (100, 100), (905, 95 + 9)):
+        problem = {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+        assert grpo.tagged_answer(task.demonstration(problem, Careful())) == str(a + b)
+    text = task.demonstration({"prompt": "365+487=", "answer": "852"}, Careful())
+    assert text == "<think>5+7=12\n6+8+1=15\n3+4+1=8</think><answer>852</answer>"
+
+
+def test_countdown_problems_are_solvable():
+    task = grpo.Countdown(1)
+    for problem in (task.train_problem(i) for i in range(300)):
+        text = f"<think></think><answer>{problem['solution']}</answer>"
+        assert grpo.score(task, [problem], [text])["correctness"].item() == 1, problem
+    assert grpo.countdown_reward([""], ["<think></think><answer>5+5</answer>"], [[5, 5, 1]], [10]) == [0.0]
+    assert grpo.countdown_reward([""], ["<think></think><answer>9+1</answer>"], [[5, 5]], [10]) == [0.0]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_dataset(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"because 1 + 2\n#### {i},000"} for i in range(200)]
+    args = grpo.Args(dataset=write_rows(tmp_path / "a.jsonl", rows), model="x")
+    task = grpo.Dataset(args)
+    held_out = task.held_out_problems(1000)
+    count = 200 - len(held_out)
+    assert 5 < len(held_out) < 40
+    passes = [[task.train_problem(p * count + i)["prompt"] for i in range(count)] for p in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
+    assert not {*passes[0]} & {x["prompt"] for x in held_out}
+    assert grpo.Dataset(args).train_problem(count + 3)["prompt"] == passes[1][3]
+    problem = task.train_problem(0)
+    right = f"<think></think><answer>{problem['prompt'][1:]}000</answer>"
+    assert grpo.score(task, [problem] * 2, [right, "x"])["correctness"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"question": "a", "answer": "1"}\n{"question": "b"}\n',
+            "row 2: no column answer; there are: question",
+        ),
+        ('{"question": "a", "answer": "x"}\n', "row 1: the answer 'x' is not a number"),
+        ('{"question": "a", "answer": "1"}\n{nonsense\n', "line 2 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
+        ('{"question": "a", "answer": "1"}\n', "too few rows"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_datasets_are_named(content, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert message in refusal(grpo.Dataset, grpo.Args(dataset=str(path), model="x"))
+
+
+# --------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"num_prompts": 6, "num_minibatches": 4}, "num_minibatches = 4 must divide num_prompts = 6"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"hidden_size": 100, "num_heads": 3}, "hidden_size = 100 must be a multiple of 2 x num_heads = 6"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"beta": -0.1}, "beta must be at least 0"),
+        ({"epsilon": 0.0}, "epsilon must be positive, or None"),
+        ({"max_completion_length": 0}, "max_completion_length must be positive, or None"),
+        ({"seed": -1}, "seed must lie in"),
+        ({"dataset": "a.jsonl"}, "give --model too"),
+        ({"resume": "a", "evaluate": "b"}, "resume and evaluate exclude each other"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError) as error:
+        grpo.Args(**changes)
+    assert message in str(error.value)
+
+
+def test_each_loss_has_its_own_clip_range():
+    assert grpo.Args(loss="gspo").clip_range == (3e-4, 4e-4)
+    assert grpo.Args(loss="dapo", epsilon=0.1).clip_range == (0.1, 0.28)
+    assert grpo.parse_args("--loss cispo --epsilon-high 3 --no-anneal-lr".split()).clip_range == (0.2, 3.0)
+
+
+# -------------------------------------------------------------------------------------------- short runs
+
+TINY = {"hidden_size": 48, "num_layers": 1, "num_heads": 2, "sft_steps": 90, "sft_batch_size": 16}
+TINY |= {"num_prompts": 8, "num_generations": 8, "max_steps": 6, "checkpoint_interval": 2, "eval_interval": 2}
+TINY |= {"eval_prompts": 8, "eval_samples": 2, "micro_batch_size": 24, "temperature": 1.2}
+
+
+def train(folder: Path, **changes) -> Path:
+    return grpo.main(grpo.Args(**TINY | {"runs": str(folder)} | changes))
+
+
+def resume(run: Path, *words: str) -> None:
+    grpo.main(grpo.parse_args(["--resume", str(run), *words]))
+
+
+def curves_of(run: Path) -> dict:
+    """What is logged, but for clocks and texts."""
+    curves = read_curves(run)
+    return {tag: x for tag, x in curves.items() if not re.match("time/|perf/|samples", tag)}
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert checkpoint_difference(*map(grpo.load_checkpoint, (run, reference))) is None
+    assert curves_of(run) == curves_of(reference)
+    assert (run / "samples.jsonl").read_text() == (reference / "samples.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A run that nobody changes."""
+    return train(tmp_path_factory.mktemp("runs"))
+
+
+def test_what_is_logged(finished_run):
+    assert re.fullmatch(r"arithmetic__grpo_llm__1__\d{8}-\d{6}", finished_run.name)
+    saved = json.loads((finished_run / "args.json").read_text())
+    assert grpo.Args(**saved) == grpo.Args(**TINY | {"runs": str(finished_run.parent)})
+    curves = curves_of(finished_run)
+    dense = "reward reward_std rewards/correctness/mean rewards/format/mean frac_reward_zero_std entropy "
+    dense += (
+        "completions/mean_length completions/clipped_ratio learning_rate num_tokens updates sampled_prompts"
+    )
+    updates = "loss grad_norm clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean "
+    updates += "logp_difference/mean logp_difference/max"
+    evaluations = "pass@1 pass@2 greedy_pass@1 accuracy_lenient mean_length clipped_ratio kl_to_reference"
+    assert {*curves} == {*dense.split(), *updates.split(), "sft/loss", "sft/grad_norm"} | {
+        f"eval/{name}" for name in evaluations.split()
+    }
+    assert all(list(curves[tag]) == [1, 2, 3, 4, 5, 6] for tag in dense.split())
+    assert all(list(curves[f"eval/{tag}"]) == [0, 2, 4, 6] for tag in evaluations.split())
+    assert list(curves["sft/loss"]) == list(range(-80, 1, 10))
+    assert all(math.isfinite(x) for curve in curves.values() for x in curve.values())
+    assert max(curves["logp_difference/max"].values()) < 1e-4
+    assert sum(curves["updates"].values()) >= 6
+    assert curves["eval/kl_to_reference"][0] == pytest.approx(0, abs=1e-4)
+    rates = [0.2, 0.4, 0.6, 0.8, 1, 0.05]
+    np.testing.assert_allclose(list(curves["learning_rate"].values()), 5e-4 * np.array(rates), rtol=1e-5)
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in samples] == sorted([0, 2, 4, 6] * 8)
+
+
+def test_exported_model_is_read_by_transformers_and_by_the_script(finished_run, tmp_path):
+    folder = finished_run / "model"
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("123+456=", return_tensors="pt")["input_ids"]
+    weights = grpo.load_checkpoint(finished_run)["model"]
+    model = grpo.Transformer.from_pretrained(folder)
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(peer(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
+    run = train(tmp_path, model=str(folder), max_steps=1)
+    assert "sft/loss" not in curves_of(run) and grpo.load_checkpoint(run)["step"] == 1
+
+
+def test_dataset_with_a_chat_template(finished_run, tmp_path, capsys):
+    """A folder of its own, whose template is made of characters that the vocabulary has."""
+    rows = [{"q": f"{a}+{b}=", "a": a + b} for a in range(10, 30) for b in range(5)]
+    folder = tmp_path / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished_run / "model")
+    tokenizer.chat_template = "{% for m in messages %}({{ m['content'][:5] }}){% endfor %}"
+    grpo.Transformer.from_pretrained(finished_run / "model").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = write_rows(tmp_path / "sums.jsonl", rows)
+    changes = {"dataset": data, "prompt_column": "q", "answer_column": "a", "max_completion_length": 9}
+    run = train(tmp_path, model=str(folder), max_steps=2, beta=0.1, dynamic_sampling=1, **changes)
+    assert run.name.startswith("sums__grpo_llm__1__")
+    curves = curves_of(run)
+    assert curves["sampled_prompts"][1] == 16  # nothing is right, so a second round was sampled in vain
+    assert all(x <= 9 for x in curves["completions/mean_length"].values()) and "kl" in curves
+    model, tokenizer, eos = grpo.make_model(grpo.Args(model=str(folder)))
+    ids = grpo.encode_prompts(tokenizer, [{"question": "12+3= and so on"}], model, 9)
+    assert tokenizer.batch_decode(ids) == ["(12+3=)"] and eos == [tokenizer.eos_token_id]
+    message = refusal(train, tmp_path, model=str(folder), max_completion_length=1020)
+    assert "exceeds the 1024 of the context" in message
+
+
+def test_evaluate_prints_the_metrics(finished_run, capsys):
+    grpo.main(
+        grpo.parse_args(["--evaluate", str(finished_run), "--eval-prompts", "8", "--eval-samples", "2"])
+    )
+    logged = curves_of(finished_run)["eval/pass@1"][6]
+    assert f"arithmetic: pass@1 {logged:.3f}, pass@2" in capsys.readouterr().out
+
+
+def test_killed_run_equals_an_uninterrupted_one(finished_run, tmp_path, capsys):
+    """Killed without notice between checkpoints, then resumed."""
+    process = start(SCRIPT, *flags(**TINY, runs=tmp_path / "killed"), cwd=tmp_path)
+    kill_when(process, nth_evaluation(3), delay=0.02)
+    (run,) = (tmp_path / "killed").iterdir()
+    resume(run)
+    assert "Resumed at step" in capsys.readouterr().out
+    assert_same_run(run, finished_run)
+
+
+def test_run_killed_in_the_warm_up_begins_anew(finished_run, tmp_path):
+    process = start(SCRIPT, *flags(**TINY, runs=tmp_path), cwd=tmp_path)
+    kill_when(process, lambda line: "Run directory" in line, delay=1.0)
+    (run,) = tmp_path.iterdir()
+    assert not (run / "checkpoint.pt").exists()
+    resume(run)
+    assert checkpoint_difference(*map(grpo.load_checkpoint, (run, finished_run))) is None
+
+
+def test_interrupted_run_with_all_that_has_state(tmp_path, monkeypatch, capsys):
+    """A reference that moves on, dynamic sampling, several passes."""
+    settings = {"beta": 0.05, "ref_model_sync_steps": 2, "dynamic_sampling": 2, "num_iterations": 2}
+    settings |= {"loss": "gspo", "advantages": "grpo"}
+    reference = train(tmp_path / "reference", **settings)
+    assert curves_of(reference)["kl"].keys() == {*range(1, 7)}
+    judge, left = grpo.group_advantages, iter(range(4))
+
+    def interrupted(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "group_advantages", interrupted)
+        message = refusal(train, tmp_path / "interrupted", **settings)
+    (run,) = (tmp_path / "interrupted").iterdir()
+    assert f"python grpo_llm.py --resume {run}" in message
+    resume(run)
+    assert "Resumed at step 4" in capsys.readouterr().out
+    assert_same_run(run, reference)
+
+
+def test_dynamic_sampling_replaces_groups_whose_answers_are_all_alike(finished_run):
+    """Here those of even problems; where too few are found, the first of the others fill up the batch."""
+
+    class Odd(grpo.Arithmetic):
+        rewards = {
+            "correctness": (
+                lambda prompts, **_: [int(p[2]) % 2 * (i % 2) for i, p in enumerate(prompts)],
+                1.0,
+            ),
+            "format": (lambda prompts, **_: [float(i % 2) for i in range(len(prompts))], 1.0),
+        }
+
+    model, tokenizer, eos = grpo.make_model(grpo.Args(model=str(finished_run / "model")))
+    for rounds in (0, 1, 20):
+        changes = {"num_prompts": 8, "num_generations": 4, "max_completion_length": 5}
+        args, generator = grpo.Args(dynamic_sampling=rounds, **changes), torch.Generator().manual_seed(0)
+        rollout, position = grpo.collect_rollout(model, tokenizer, Odd(1), eos, args, 40, generator)
+        drawn = [Odd(1).train_problem(i) for i in range(40, position)]
+        odd = [i for i, x in enumerate(drawn) if int(x["prompt"][2]) % 2]
+        even = [i for i, x in enumerate(drawn) if not int(x["prompt"][2]) % 2]
+        assert position - 40 in range(8, 8 * rounds + 9, 8) and (rounds < 20 or len(odd) >= 8)
+        assert rollout.problems == [drawn[i] for i in sorted((odd + even)[:8])]
+        assert [tokenizer.decode(x[1:]) for x in rollout.prompts] == [x["prompt"] for x in rollout.problems]
+        assert rollout.rewards["correctness"].shape == (8, 4) and rollout.completions.tokens.shape == (32, 5)
+
+
+def test_bfloat16_and_gradient_checkpointing(finished_run, tmp_path):
+    run = train(
+        tmp_path, model=str(finished_run / "model"), bf16=True, gradient_checkpointing=True, max_steps=2
+    )
+    state, curves = grpo.load_checkpoint(run), curves_of(run)
+    assert all(x.dtype == torch.float32 for x in state["model"].values())
+    assert curves["logp_difference/max"][1] < 0.3
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+
+def test_two_processes_take_the_step_of_one(finished_run, tmp_path):
+    """The first step from the same weights: completions, metrics, gradient and moved weights."""
+    settings = TINY | {"model": str(finished_run / "model"), "max_steps": 1, "beta": 0.1, "eval_interval": 1}
+    settings |= {"num_minibatches": 1, "learning_rate": 1e-3, "warmup_steps": 0}
+    one = train(tmp_path / "one", **settings)
+    command = [*TORCHRUN, "29517", str(REPOSITORY / SCRIPT), *flags(**settings, runs=tmp_path / "two")]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (two,) = (tmp_path / "two").iterdir()
+    states = [grpo.load_checkpoint(run) for run in (one, two)]
+    assert states[0]["position"] == states[1]["position"]
+    first_moments = [[x["exp_avg"] for x in state["optimizer"]["state"].values()] for state in states]
+    for x, y in zip(*first_moments, strict=True):  # a tenth of the gradient, whose norm is limited to 1
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+    curves = [curves_of(run) for run in (one, two)]
+    for tag in curves[0].keys() - {"logp_difference/max", "logp_difference/mean"}:
+        assert [*curves[0][tag]] == [*curves[1][tag]]
+        np.testing.assert_allclose(
+            [*curves[0][tag].values()], [*curves[1][tag].values()], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_warm_up_is_shared_by_processes(tmp_path):
+    settings = TINY | {"sft_steps": 3, "max_steps": 1, "eval_interval": 0}
+    one = train(tmp_path / "one", **settings)
+    command = [*TORCHRUN, "29518", str(REPOSITORY / SCRIPT), *flags(**settings, runs=tmp_path / "two")]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0
+    (two,) = (tmp_path / "two").iterdir()
+    weights = [grpo.load_checkpoint(run)["reference"] for run in (one, two)]
+    for name, x in weights[0].items():
+        torch.testing.assert_close(x, weights[1][name], atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- bad input to runs
+
+
+def test_gradient_that_is_not_finite_ends_the_run(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, *_: torch.full_like(rewards, math.nan))
+    message = refusal(train, tmp_path, model=str(finished_run / "model"), checkpoint_interval=1)
+    (run,) = tmp_path.iterdir()
+    assert "grad_norm is nan at step 1" in message and str(run) in message
+    state = grpo.load_checkpoint(run)
+    assert state["step"] == 0 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_step_without_any_advantage_moves_nothing(finished_run, tmp_path, capsys):
+    """All completions of a group are alike when the temperature is low; told, and no step of AdamW."""
+    model = str(finished_run / "model")
+    run = train(tmp_path, model=model, temperature=1e-4, max_steps=2)
+    assert "nothing to learn from" in capsys.readouterr().out
+    state = grpo.load_checkpoint(run)
+    assert all(torch.equal(x, state["reference"][name]) for name, x in state["model"].items())
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(finished_run, tmp_path):
+    (tmp_path / "args.json").write_text((finished_run / "args.json").read_text())
+    (tmp_path / "checkpoint.pt").write_bytes((finished_run / "checkpoint.pt").read_bytes()[:5000])
+    for flag in ("--resume", "--evaluate"):
+        message = refusal(lambda flag=flag: grpo.main(grpo.parse_args([flag, str(tmp_path)])))
+        assert "damaged" in message
+    torch.save({"script": "ppo_discrete"}, tmp_path / "checkpoint.pt")
+    assert "not a checkpoint of grpo_llm.py" in refusal(grpo.load_checkpoint, tmp_path)
+
+
+def test_resume_keeps_to_the_arguments_of_the_run(finished_run):
+    for flag, value in (("--loss", "gspo"), ("--num-prompts", "16")):
+        message = refusal(grpo.parse_args, ["--resume", str(finished_run), flag, value])
+        assert flag[2:].replace("-", "_") in message and value in message
+
+
+def test_full_disk_ends_the_run_with_a_sentence(finished_run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(grpo.torch, "save", full)
+    message = refusal(train, tmp_path, model=str(finished_run / "model"))
+    assert "is the disk full?" in message
+
+
+def test_model_without_a_tokenizer_is_named(tmp_path):
+    make_peer("llama", tmp_path / "peer")
+    assert "tokenizer" in refusal(train, tmp_path / "runs", model=str(tmp_path / "peer"))
+
+
+class Fives(grpo.Task):
+    """Pays for every 5, so that there is something to learn without a warm-up."""
+
+    rewards = {"correctness": (lambda completions, **_: [x.count("5") / 8 for x in completions], 1.0)}
+    lenient = staticmethod(grpo.last_answer)
+    max_completion_length = 8
+
+    def problem(self, rng):
+        return {"prompt": f"{rng.randrange(1000)}="}
+
+
+@pytest.mark.parametrize("advantages", ["grpo", "dr_grpo", "rloo", "softmax"])
+def test_it_learns(advantages, tmp_path, monkeypatch):
+    """A fraction of 1/24 of fives by chance."""
+    rewards = {
+        "correctness": (lambda completions, extract=None, **_: [x.count("5") / 8 for x in completions], 1.0)
+    }
+    monkeypatch.setattr(Fives, "rewards", rewards)
+    monkeypatch.setattr(grpo, "make_task", lambda args: Fives(args.seed))
+    settings = {
+        "sft_steps": 0,
+        "max_steps": 25,
+        "learning_rate": 3e-3,
+        "temperature": 1.0,
+        "num_minibatches": 2,
+    }
+    curves = curves_of(train(tmp_path, **settings, advantages=advantages, eval_interval=0))
+    assert curves["reward"][1] < 0.15 and curves["reward"][25] > 0.6
+
+
+if __name__ == "__main__":  # needs trl
+    x, settings = golden_inputs()
+    goldens = {loss: with_gradient(trl_loss(x, settings[loss]), x) for loss in settings}
+    GOLDENS.write_text(json.dumps(goldens, indent=1))
