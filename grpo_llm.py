@@ -17,7 +17,7 @@ The loss itself stays near 0, since r is 1 until the first step: look at `reward
     python grpo_llm.py --loss gspo --seed 3
     python grpo_llm.py --resume runs/arithmetic__grpo_llm__3__20261120-101500
     torchrun --nproc-per-node 2 grpo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k.jsonl \
-        --learning-rate 1e-6 --max-completion-length 512 --bf16 --device cuda
+        --learning-rate 1e-6 --max-completion-length 512
 """
 
 import copy
@@ -84,7 +84,7 @@ class Args:
     """transformer layers"""
     num_heads: int = 4
     """attention heads"""
-    sft_steps: int = 600
+    sft_steps: int = 800
     """steps of SFT on demonstrations of the task"""
     sft_batch_size: int = 64
     """demonstrations per step"""
@@ -134,8 +134,8 @@ class Args:
     """then lower it linearly to 5 percent at max_steps"""
     max_grad_norm: float = 1.0
     """a gradient of a larger norm is scaled down to this one"""
-    bf16: bool = False
-    """matrix products in bfloat16, with float32 weights"""
+    bf16: bool = True
+    """matrix products in bfloat16 where the hardware multiplies it; weights stay in float32"""
     gradient_checkpointing: bool = False
     """compute activations anew in the backward pass, which saves memory"""
 
@@ -537,6 +537,15 @@ def read_rows(source: str) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------------- model
 
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -935,7 +944,7 @@ def policy_loss(
 
 
 def round_up(x: int, step: int = 8) -> int:
-    """To a multiple of `step`: the fast matrix product of a CPU keeps a kernel for each shape it has seen."""
+    """To a multiple of `step`: oneDNN, which multiplies on a CPU, keeps a kernel for each shape it meets."""
     return -(-x // step) * step
 
 
@@ -968,31 +977,6 @@ def completion_log_probs(
     if len(parts) == 1:
         return log_probs(*parts[0]).view(-1, count)
     return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts]).view(-1, count)
-
-
-class OneDNN:
-    """Context in which float32 matrix products on a CPU go to oneDNN, on some processors over twice as fast.
-
-    The switch says "bfloat16 will do". Many processors compute in float32 all the same; where the first
-    product shows that this one does not, the context does nothing.
-    """
-
-    def __init__(self, device: torch.device):
-        self.setting, self.usual = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
-        self.wanted = self.usual
-        if device.type == "cpu":
-            a, b = torch.linspace(0.5, 1.5, 128 * 128).view(2, 128, 64)
-            self.wanted = "bf16"
-            with self:
-                error = (a @ b.T - (a.double() @ b.double().T)).abs().max()
-            if error > 1e-4:  # bfloat16 is wrong by 0.1 here
-                self.wanted = self.usual
-
-    def __enter__(self) -> None:
-        self.setting.fp32_precision = self.wanted
-
-    def __exit__(self, *error) -> None:
-        self.setting.fp32_precision = self.usual
 
 
 # --------------------------------------------------------------------------------------------- sampler
@@ -1322,14 +1306,14 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 
 
 def warm_up(
-    model: Transformer, tokenizer, task: Task, args: Args, log: Callable, device: torch.device
+    model: Transformer, tokenizer, task: Task, args: Args, log: Callable, precision: torch.autocast
 ) -> None:
     """SFT on demonstrations, logged at negative steps: GRPO begins at 0."""
     rank, world = rank_and_world()
     optimizer = torch.optim.AdamW(
         model.parameters(), args.sft_learning_rate, (0.9, 0.95), weight_decay=0.01, fused=True
     )
-    fast = OneDNN(device)
+    device = next(model.parameters()).device
     progress = tqdm(total=args.sft_steps, unit=" steps of SFT", disable=None if rank == 0 else True)
     for step in range(args.sft_steps):
         # Up in 50 steps, level until half of them are done, then down to 5 percent.
@@ -1352,7 +1336,7 @@ def warm_up(
         count = round_up(int(lengths.max()))
         tokens = [prompt + completion for prompt, completion in zip(prompts, completions)]
         tokens = pad(tokens, int(starts.max()) + count).to(device)
-        with fast, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with precision:
             log_probs = completion_log_probs(model, tokens, starts, count, 1.0)
             mask = torch.arange(count, device=device) < lengths[:, None]
             loss = -(log_probs * mask).sum() / token_count
@@ -1442,11 +1426,11 @@ def train(args: Args, run: Path, device: torch.device) -> None:
         if rank == 0:
             tqdm.write(line)
 
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    fast, elapsed, position, num_tokens = OneDNN(device), 0.0, 0, 0
+    precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
+    elapsed, position, num_tokens = 0.0, 0, 0
     if not args.model and not state:
         start = time.perf_counter()
-        warm_up(model, tokenizer, task, args, log, device)
+        warm_up(model, tokenizer, task, args, log, precision)
         elapsed = time.perf_counter() - start
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -1544,7 +1528,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
                 # Whole groups, and the same ones whatever the number of processes.
                 groups = torch.arange(i, share, args.num_minibatches)
                 rows = (groups[:, None] * G + torch.arange(G)).flatten().to(device)
-                with fast, precision:
+                with precision:
                     updates.append(take_step(model, optimizer, batch, rows, args))
                 if not math.isfinite(updates[-1].get("grad_norm", 0.0)):
                     raise SystemExit(
@@ -1626,7 +1610,7 @@ def evaluate_run(args: Args, device: torch.device) -> None:
     reference = copy.deepcopy(model)
     model.load_state_dict(state["model"])
     reference.load_state_dict(state["reference"])
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device)):
         metrics, _ = evaluate(model.to(device), reference.to(device), tokenizer, task, eos_ids, args)
     values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     print(f"{args.task_name}: {values} over {len(task.held_out_problems(args.eval_prompts))} prompts")

@@ -708,7 +708,7 @@ def test_each_loss_has_its_own_clip_range():
 
 TINY = {"hidden_size": 48, "num_layers": 1, "num_heads": 2, "sft_steps": 90, "sft_batch_size": 16}
 TINY |= {"num_prompts": 8, "num_generations": 8, "max_steps": 6, "checkpoint_interval": 2, "eval_interval": 2}
-TINY |= {"eval_prompts": 8, "eval_samples": 2, "micro_batch_size": 24, "temperature": 1.2}
+TINY |= {"eval_prompts": 8, "eval_samples": 2, "micro_batch_size": 24, "temperature": 1.2, "bf16": False}
 
 
 def train(folder: Path, **changes) -> Path:
@@ -831,7 +831,7 @@ def test_run_killed_in_the_warm_up_begins_anew(finished_run, tmp_path):
 def test_interrupted_run_with_all_that_has_state(tmp_path, monkeypatch, capsys):
     """A reference that moves on, dynamic sampling, several passes."""
     settings = {"beta": 0.05, "ref_model_sync_steps": 2, "dynamic_sampling": 2, "num_iterations": 2}
-    settings |= {"loss": "gspo", "advantages": "grpo"}
+    settings |= {"loss": "gspo", "advantages": "grpo", "bf16": True}
     reference = train(tmp_path / "reference", **settings)
     assert curves_of(reference)["kl"].keys() == {*range(1, 7)}
     judge, left = grpo.group_advantages, iter(range(4))
