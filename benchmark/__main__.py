@@ -100,7 +100,7 @@ def curve(
 
 
 def speed(
-    peers: tuple[Literal["sb3", "raw"], ...] = ("sb3", "raw"),
+    peers: tuple[Literal["sb3", "raw", "trl"], ...] = ("sb3", "raw", "trl"),
     rounds: int = 3,
     iterations: int = 20,
     only: str = "",
@@ -109,7 +109,7 @@ def speed(
     """Measure steps per second beside the peers, alternating, each on one core.
 
     Args:
-        peers: sb3 is Stable-Baselines3, raw the environment alone with random actions
+        peers: sb3 is Stable-Baselines3, trl is TRL, raw the environment alone with random actions
         rounds: runs of each
         iterations: iterations per run; the first 3 are not measured
         only: compare only where this is part of the comparison's name

@@ -17,12 +17,12 @@ from benchmark.report import table
 from benchmark.runs import last_lines, start_process
 
 DROPPED = 3  # iterations at the start, with compilation and warm-up
-LOGGED_ONCE_PER_ITERATION = ("charts/SPS", "time/fps")  # ours, Stable-Baselines3's
+LOGGED_ONCE_PER_ITERATION = ("charts/SPS", "time/fps", "perf/tokens_per_second")  # whichever there is
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Programs that do the same work; each takes --total-timesteps and --runs, logs once per iteration."""
+    """Programs that do the same work; each takes `steps_flag` and --runs, and logs once per iteration."""
 
     name: str
     batch_size: int
@@ -33,6 +33,11 @@ class Comparison:
     """those of programs that are to run for longer or shorter than the others"""
     threads: int = 1
     """threads, each on a core of its own"""
+    steps_flag: str = "--total-timesteps"
+    per_step: int = 1
+    """what is counted, per step: the completions of a batch for a language model"""
+    prepare: list[str] = field(default_factory=list)
+    """arguments of a run before the others, whose folder `model` takes the place of {model} in theirs"""
 
 
 def ppo_continuous(num_envs: int, num_steps: int) -> Comparison:
@@ -83,6 +88,24 @@ def ppo_atari(threads: int, precision: str) -> Comparison:
     )
 
 
+def grpo(precision: str) -> Comparison:
+    """32 groups of 16 completions of the default model after its warm-up, one update, no reference."""
+    ours = ["grpo_llm.py", "--model", "{model}", "--max-completion-length", "38", "--num-minibatches", "1"]
+    ours += ["--learning-rate", "1e-5", "--eval-interval", "0", "--checkpoint-interval", "1000"]
+    trl = ["-m", "benchmark.peers", "trl", "--model", "{model}"]
+    return Comparison(
+        f"grpo_llm, 32 x 16 completions, {precision}",
+        1,
+        {
+            "ours": ours if precision == "bfloat16" else [*ours, "--no-bf16"],
+            "trl": trl if precision == "bfloat16" else [*trl, "--no-bf16"],
+        },
+        steps_flag="--max-steps",
+        per_step=512,
+        prepare=["grpo_llm.py", "--max-steps", "1", "--eval-interval", "0"],
+    )
+
+
 COMPARISONS = [
     ppo_continuous(1, 2048),
     ppo_continuous(8, 256),
@@ -124,10 +147,20 @@ COMPARISONS = [
     ),
     ppo_atari(2, "bfloat16"),
     ppo_atari(2, "float32"),
+    grpo("bfloat16"),
+    grpo("float32"),
 ]
 
 
-def measure_once(arguments: list[str], total_timesteps: int, threads: int = 1) -> dict[str, float]:
+def prepared_model(arguments: list[str], folder: Path) -> Path:
+    """The model of a run in `folder`; SystemExit with the end of its log if it fails."""
+    log = folder / "log.txt"
+    if start_process([*arguments, "--runs", str(folder)], log, manifest.available_cores()[-1:]).wait():
+        raise SystemExit(f"python {shlex.join(arguments)} failed:\n{last_lines(log)}")
+    return next(folder.glob("*/model"))
+
+
+def measure_once(arguments: list[str], steps_flag: str, number: int, threads: int = 1) -> dict[str, float]:
     """One run in a process of its own, on the last cores; SystemExit with the end of its log if it fails.
 
     Returns steps per second after the DROPPED iterations, the seconds from the start of the process to the
@@ -135,7 +168,7 @@ def measure_once(arguments: list[str], total_timesteps: int, threads: int = 1) -
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        command = [*arguments, "--total-timesteps", str(total_timesteps), "--runs", folder]
+        command = [*arguments, steps_flag, str(number), "--runs", folder]
         start = time.time()  # the clock of the event files
         process = start_process(command, log, manifest.available_cores()[-threads:])
         try:
@@ -160,11 +193,12 @@ def measure_once(arguments: list[str], total_timesteps: int, threads: int = 1) -
 EXPLANATION = f"""\
 # Speed
 
-Environment steps per second, end to end with logging to TensorBoard, the programs in turn, each with one
-thread on one core where the heading says nothing else; the first {DROPPED} iterations do not count. *Ours /
-this* is how many times faster ours is. *Startup* is the time from the start of the process to the end of the
-first iteration. `sb3` is Stable-Baselines3, or sb3-contrib for TRPO, on MuJoCo with VecNormalize, on Atari
-with its wrappers; `raw` is the environment alone, under random actions: the limit.
+Environment steps per second, or completions per second of language models, end to end with logging, the
+programs in turn, each with one thread on one core where the heading says nothing else; the first {DROPPED}
+iterations do not count. *Ours / this* is how many times faster ours is. *Startup* is the time from the start
+of the process to the end of the first iteration. `sb3` is Stable-Baselines3, or sb3-contrib for TRPO, on
+MuJoCo with VecNormalize, on Atari with its wrappers; `trl` is TRL's trainer; `raw` is the environment alone,
+under random actions: the limit.
 """
 
 
@@ -204,24 +238,31 @@ def measure(peers: tuple[str, ...], rounds: int, iterations: int, only: str, res
         )
     if rounds < 1 or iterations <= DROPPED:
         raise SystemExit(f"--rounds must be at least 1, --iterations more than {DROPPED}")
-    if "sb3" in peers and not importlib.util.find_spec("stable_baselines3"):
-        raise SystemExit(
-            "Stable-Baselines3 is not installed: pip install .[peers], or leave it out with --peers raw"
-        )
+    for peer, package in (("sb3", "stable_baselines3"), ("trl", "trl")):
+        needed = any(peer in comparison.programs for comparison in chosen)
+        if peer in peers and needed and not importlib.util.find_spec(package):
+            raise SystemExit(f"{package} is not installed: pip install .[peers], or leave it out of --peers")
     measured = {}
     for comparison in chosen:
         description = manifest.describe()
+        folder = tempfile.TemporaryDirectory()
+        model = str(prepared_model(comparison.prepare, Path(folder.name))) if comparison.prepare else ""
         programs = {name: p for name, p in comparison.programs.items() if name == "ours" or name in peers}
         taken: dict[str, list] = {name: [] for name in programs}
         for round in range(rounds):
             for name, arguments in programs.items():
                 batch_size = comparison.batch_sizes.get(name, comparison.batch_size)
-                steps = iterations * batch_size
-                taken[name].append(measure_once(arguments, steps, comparison.threads))
+                arguments = [word.replace("{model}", model) for word in arguments]
+                one = measure_once(
+                    arguments, comparison.steps_flag, iterations * batch_size, comparison.threads
+                )
+                one["steps_per_second"] *= comparison.per_step
+                taken[name].append(one)
                 rate = taken[name][-1]["steps_per_second"]
                 print(
                     f"{comparison.name}, round {round + 1}, {name}: {rate:.0f} steps per second", flush=True
                 )
+        folder.cleanup()
         commands = {name: shlex.join(["python", *arguments]) for name, arguments in programs.items()}
         measured[comparison.name] = {"commands": commands, "programs": taken, "manifest": description}
     results.mkdir(parents=True, exist_ok=True)
