@@ -84,7 +84,8 @@ def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluati
     draw_curve(axes, summary, axis, *mean_curve(summary, summary.task.training_tag), color, label)
     if with_evaluation:
         evaluations = summary.evaluation_steps, summary.evaluations
-        draw_curve(axes, summary, axis, *evaluations, EVALUATION_COLOR, "evaluation", marker="o")
+        name = summary.task.evaluation_name
+        draw_curve(axes, summary, axis, *evaluations, EVALUATION_COLOR, name, marker="o")
 
 
 def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:

@@ -43,6 +43,8 @@ class Task:
     """what else to keep of the logged scalars"""
     training_name: str = "last 100 training episodes"
     """what the value of training_tag is, for tables and figures"""
+    evaluation_name: str = "evaluation"
+    """the same of evaluation_tag, for figures"""
     multithreaded: bool = False
     """whether a run uses more than one core; most would be slower with more"""
     drawn_tag: str = ""
@@ -211,6 +213,7 @@ def grpo(*flags: str, label: str = "") -> Task:
         training_tag="eval/pass@1",
         training_name="pass@1, sampled",
         evaluation_tag="eval/greedy_pass@1",
+        evaluation_name="pass@1, greedy",
         other_tags=("reward", "eval/pass@8", "eval/kl_to_reference", "eval/mean_length", "entropy"),
     )
 
