@@ -1,6 +1,7 @@
 """Starting scripts as a user does, reading what a run has logged, and comparing checkpoints bit for bit."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,12 @@ def start(script: str, *flags, cwd: Path, **environment: str) -> subprocess.Pope
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=variables, **pipes)
+    # Where the tests run in the background Ctrl-C is ignored, and a process that is started inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=cwd, env=variables, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_script(script: str, *flags, cwd: Path, **environment: str) -> tuple[int, str]:
