@@ -29,6 +29,7 @@ import random
 import re
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -344,7 +345,7 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 10 == 0
 
 
-class Task:
+class Task(ABC):
     """Generated problems. A task of your own is a subclass with these members, named in Args and make_task.
 
     Problem i is a function of the seed and i, so that the position in the data is one number. The model made
@@ -355,13 +356,15 @@ class Task:
     lenient: Callable  # finds an answer in a completion of another format, to be evaluated only
     max_completion_length: int
 
+    @abstractmethod
     def problem(self, rng: random.Random) -> dict:
         """`prompt`, `question` for a model with a chat template, and columns for the rewards."""
-        raise NotImplementedError
 
     def demonstration(self, problem: dict, rng: random.Random) -> str:
-        """A completion to learn from in the warm-up; need not be right."""
-        raise NotImplementedError
+        """A completion to learn from in the warm-up; need not be right, nor be there with --model."""
+        raise SystemExit(
+            "The task has no demonstrations to warm a model up with; write them, or give --model"
+        )
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -467,15 +470,15 @@ class Countdown(Task):
         return f"<think>{lines}</think><answer>{tries[-1][0]}</answer>"
 
 
-class Dataset(Task):
-    """Prompts with a number as their answer, from a file or the hub; shuffled anew in every pass."""
+class Dataset:
+    """In place of a task: prompts with numbers as answers, of a file or the hub, shuffled in every pass."""
 
     rewards = Arithmetic.rewards
     lenient = staticmethod(last_number)
     max_completion_length = 256
 
     def __init__(self, args: Args):
-        super().__init__(args.seed)
+        self.seed = args.seed
         self.parts = {False: [], True: []}  # by is_held_out
         for number, row in enumerate(read_rows(args.dataset), 1):
             for column in (args.prompt_column, args.answer_column):
@@ -1062,7 +1065,9 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def score(task: Task, problems: list[dict], completions: list[str], **options) -> dict[str, torch.Tensor]:
+def score(
+    task: Task | Dataset, problems: list[dict], completions: list[str], **options
+) -> dict[str, torch.Tensor]:
     """The rewards (rows,) by name, and their weighted sum as `reward`; a problem for each completion."""
     # TRL's signature: what a reward does not ask for goes into its **columns.
     columns = {name: [problem[name] for problem in problems] for name in problems[0]}
@@ -1079,7 +1084,6 @@ def score(task: Task, problems: list[dict], completions: list[str], **options) -
 class Rollout(NamedTuple):
     """What was sampled for the prompts of this process, group by group."""
 
-    problems: list[dict]
     prompts: list[list[int]]
     completions: Completions
     rewards: dict[str, torch.Tensor]  # (P, G) each
@@ -1088,20 +1092,19 @@ class Rollout(NamedTuple):
     def merge(cls, rounds: list["Rollout"], groups: list[int]) -> "Rollout":
         """Chosen groups of several rollouts, counted through all of them."""
         G = next(iter(rounds[0].rewards.values())).shape[1]
-        problems = [problem for rollout in rounds for problem in rollout.problems]
         prompts = [prompt for rollout in rounds for prompt in rollout.prompts]
         completions = [
             torch.cat(x).unflatten(0, (-1, G))[groups] for x in zip(*(r.completions for r in rounds))
         ]
         rewards = {name: torch.cat([r.rewards[name] for r in rounds])[groups] for name in rounds[0].rewards}
-        chosen = [problems[i] for i in groups], [prompts[i] for i in groups]
-        return cls(*chosen, Completions(*(x.flatten(0, 1) for x in completions)), rewards)
+        chosen = [prompts[i] for i in groups]
+        return cls(chosen, Completions(*(x.flatten(0, 1) for x in completions)), rewards)
 
 
 def collect_rollout(
     model: Transformer,
     tokenizer,
-    task: Task,
+    task: Task | Dataset,
     eos_ids: list[int],
     args: Args,
     position: int,
@@ -1125,7 +1128,7 @@ def collect_rollout(
         completions = generate(model, prompts, uniforms[mine].to(device), eos_ids, args.temperature)
         rows = [problem for problem in problems for _ in range(G)]
         rewards = score(task, rows, decode(tokenizer, completions))
-        rounds.append(Rollout(problems, prompts, completions, {n: x.view(-1, G) for n, x in rewards.items()}))
+        rounds.append(Rollout(prompts, completions, {n: x.view(-1, G) for n, x in rewards.items()}))
 
         correctness = torch.cat([rollout.rewards["correctness"] for rollout in rounds])
         mixed = correctness.amax(1) > correctness.amin(1)
@@ -1145,7 +1148,12 @@ EVALUATION_SEED = 1_000_000_000  # added to the seed: other random numbers than 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, reference: Transformer, tokenizer, task: Task, eos_ids: list[int], args: Args
+    model: Transformer,
+    reference: Transformer,
+    tokenizer,
+    task: Task | Dataset,
+    eos_ids: list[int],
+    args: Args,
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics on held-out problems and a few completions; no generator of the training is drawn from."""
     (rank, world), device = rank_and_world(), next(model.parameters()).device
@@ -1593,7 +1601,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
             wandb.finish()
 
 
-def make_task(args: Args) -> Task:
+def make_task(args: Args) -> Task | Dataset:
     if args.dataset:
         return Dataset(args)
     return {"arithmetic": Arithmetic, "countdown": Countdown}[args.task](args.seed)

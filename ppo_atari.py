@@ -244,7 +244,8 @@ class Games:
         )
         self.num_actions = int(self.engine.single_action_space.n)
         buttons = self.engine.ale.get_action_set()
-        self.fire = buttons.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in buttons else None
+        self.has_fire = ale_py.Action.FIRE in buttons
+        self.fire = buttons.index(ale_py.Action.FIRE) if self.has_fire else 0
         self.finished: list[tuple[int, float, float]] = []  # (index, return, steps) of games since `reset`
 
     def reset(self, seeds: np.ndarray) -> np.ndarray:
@@ -262,11 +263,11 @@ class Games:
         Returns observations (N, 4, 84, 84), rewards clipped to their sign, terminated (a life was lost or the
         game is over), truncated (N,), and final observations, which count only where a game has ended.
         """
-        actions = np.where(self.must_fire, self.fire, actions) if self.fire is not None else actions
+        actions = np.where(self.must_fire, self.fire, actions)
         observations, scores, terminated, truncated, info = self.engine.step(actions)
         over = info["episode_frame_number"] < self.frames  # the count went back: a new game has begun
         self.frames = info["episode_frame_number"]
-        self.must_fire = terminated & ~over if self.fire is not None else self.must_fire
+        self.must_fire = terminated & ~over & self.has_fire
         self.running[0] += scores
         self.running[1] += 1
         for i in np.flatnonzero(over).tolist():
