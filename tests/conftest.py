@@ -5,6 +5,10 @@ import sys
 import warnings
 from pathlib import Path
 
+# One thread here and in every process that a test starts, from before PyTorch is loaded: sums are then in one
+# order, and runs can be compared bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import mujoco
 import pytest
 import torch
@@ -21,5 +25,5 @@ def quiet_mujoco():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in the scripts; also keeps sums in one order, so that runs can be compared bit for bit."""
+    """Again for every test, whatever the one before has set."""
     torch.set_num_threads(1)
