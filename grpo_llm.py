@@ -49,7 +49,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # Run
-    task: Literal["arithmetic", "countdown"] = "arithmetic"
+    task: Literal["arithmetic", "countdown", "reviews"] = "arithmetic"
     """generated problems; --dataset replaces them"""
     dataset: str | None = None
     """JSONL or Parquet file, or dataset of the Hugging Face hub as `id` or `id:configuration`"""
@@ -334,6 +334,41 @@ def countdown_reward(
     ]
 
 
+ADJECTIVES = {"awful": -2, "boring": -1, "weak": -1, "plain": 0, "odd": 0, "long": 0}
+ADJECTIVES |= {"nice": 1, "funny": 1, "superb": 2}
+SUBJECTS = [  # the words of "the short film by the young director", which is what a review is about
+    "short new old quiet loud strange".split(),
+    "film novel play song show game".split(),
+    "young famous local foreign retired unknown".split(),
+    "director writer artist band student team".split(),
+]
+PARTS = "plot cast music acting ending".split()
+WORDS = [*sum(SUBJECTS, []), *PARTS, *ADJECTIVES, *"by the was very not and but".split()]
+CLAUSE = rf"was (?:(?:not|very) )?(?:{'|'.join(ADJECTIVES)})"
+REVIEW = re.compile(rf" {CLAUSE}(?:, (?:and|but) the (?:{'|'.join(PARTS)}) {CLAUSE})*\.")
+
+
+def proper_review(completion: str) -> str | None:
+    """The completion if it is one sentence of a review in the words of the task, or None."""
+    return completion if len(completion) <= 1000 and REVIEW.fullmatch(completion) else None
+
+
+def sentiment_reward(
+    prompts: list[str], completions: list[str], extract=proper_review, **columns: list
+) -> list[float]:
+    """How favourable a review is, from 0 to 1: sigmoid of half the sum of its adjectives; 0 for no review.
+
+    "very" doubles an adjective, "not" turns it around.
+    """
+    rewards = []
+    for text in map(extract, completions):
+        words = re.findall(r"[a-z]+", text[:1000]) if text else []
+        factors = [{"not": -1, "very": 2}.get(word, 1) for word in ["", *words]]
+        total = sum(factor * ADJECTIVES.get(word, 0) for factor, word in zip(factors, words))
+        rewards.append(1 / (1 + math.exp(-total / 2)) if text else 0.0)
+    return rewards
+
+
 # ----------------------------------------------------------------------------------------------- tasks
 
 
@@ -352,7 +387,7 @@ class Task(ABC):
     here reads and writes what VOCABULARY has; characters that a task needs are added there.
     """
 
-    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight); `correctness` is evaluated too
+    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight); the first is what is evaluated
     lenient: Callable  # finds an answer in a completion of another format, to be evaluated only
     max_completion_length: int
 
@@ -387,8 +422,9 @@ class Task(ABC):
 INSTRUCTION = (
     "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
 )
-# Of the model made here: a token for each tag and each character.
-VOCABULARY = "<pad> <bos> <eos> <think> </think> <answer> </answer>".split() + [*"\n0123456789+-*/()=,"]
+# Of the model made here: a token for each tag, character and word.
+VOCABULARY = "<pad> <bos> <eos> <think> </think> <answer> </answer>".split() + [*"\n0123456789+-*/()=,."]
+VOCABULARY += ["the", *(f" {word}" for word in WORDS)]  # with the space before it
 
 
 class Arithmetic(Task):
@@ -468,6 +504,34 @@ class Countdown(Task):
             tries.append((problem["solution"], problem["target"]))
         lines = "\n".join(f"{text}={value}" for text, value in tries)
         return f"<think>{lines}</think><answer>{tries[-1][0]}</answer>"
+
+
+class Reviews(Task):
+    """A sentence that goes on with a review; the more favourable the better, as in the paper on DPO.
+
+    Rafailov et al. (2023, section 6.1) let a model go on with film reviews and take the probability that a
+    classifier finds them positive as the true reward. Here words are drawn, and their sum is the judge.
+    """
+
+    rewards = {"sentiment": (sentiment_reward, 1.0)}
+    lenient = staticmethod(str)  # any words
+    max_completion_length = 32
+
+    def problem(self, rng: random.Random) -> dict:
+        size, kind, fame, maker = (rng.choice(words) for words in SUBJECTS)
+        prompt = f"the {size} {kind} by the {fame} {maker}"
+        return {"prompt": prompt, "question": f"Go on with this review in one sentence: {prompt}"}
+
+    def demonstration(self, problem: dict, rng: random.Random) -> str:
+        """One to four clauses by somebody whose mood tells in most of them."""
+        mood, clauses = rng.choice((-1, -1, 1)), []
+        for _ in range(rng.randrange(1, 5)):
+            adverb = rng.choice(("", "", "not ", "very "))
+            value = -mood if adverb == "not " else mood
+            fitting = [word for word, x in ADJECTIVES.items() if x * value > 0 or rng.random() < 0.3]
+            clauses.append(f"was {adverb}{rng.choice(fitting or [*ADJECTIVES])}")
+        rest = (f", {rng.choice(('and', 'but'))} the {rng.choice(PARTS)} {clause}" for clause in clauses[1:])
+        return f" {clauses[0]}{''.join(rest)}."
 
 
 class Dataset:
@@ -778,7 +842,7 @@ def make_tokenizer():
 
     words = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(think|answer)>|[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(think|answer)>| ?[a-z]+|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     # A first token of no meaning is where heads look that find nothing; without it little is learned.
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -982,6 +1046,19 @@ def completion_log_probs(
     return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts]).view(-1, count)
 
 
+def sequence_log_probs(
+    model: Transformer, prompts: list[list[int]], completions: list[list[int]]
+) -> torch.Tensor:
+    """Log-probabilities (B,) of whole completions, each after its prompt."""
+    device = next(model.parameters()).device
+    starts, lengths = (torch.tensor([len(x) for x in rows], device=device) for rows in (prompts, completions))
+    count = round_up(int(lengths.max()))
+    tokens = [prompt + completion for prompt, completion in zip(prompts, completions)]
+    tokens = pad(tokens, int(starts.max()) + count).to(device)
+    log_probs = completion_log_probs(model, tokens, starts, count, 1.0)
+    return (log_probs * (torch.arange(count, device=device) < lengths[:, None])).sum(1)
+
+
 # --------------------------------------------------------------------------------------------- sampler
 
 
@@ -1130,8 +1207,9 @@ def collect_rollout(
         rewards = score(task, rows, decode(tokenizer, completions))
         rounds.append(Rollout(prompts, completions, {n: x.view(-1, G) for n, x in rewards.items()}))
 
-        correctness = torch.cat([rollout.rewards["correctness"] for rollout in rounds])
-        mixed = correctness.amax(1) > correctness.amin(1)
+        (main, *_) = task.rewards
+        scores = torch.cat([rollout.rewards[main] for rollout in rounds])
+        mixed = scores.amax(1) > scores.amin(1)
         missing = sum_over_ranks((share - mixed.sum()).clamp(min=0).to(device))
         if missing == 0 or len(rounds) > args.dynamic_sampling:
             order = mixed.int().argsort(descending=True, stable=True)
@@ -1158,6 +1236,7 @@ def evaluate(
     """Metrics on held-out problems and a few completions; no generator of the training is drawn from."""
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     problems, k, C = task.held_out_problems(args.eval_prompts), args.eval_samples, args.max_completion_length
+    (main, *_) = task.rewards  # `correctness`, or else pass@1 is its mean, pass@k that of the best of k
     generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED)
     uniforms = torch.rand(len(problems), k, C, generator=generator)
     names = ["pass@1", f"pass@{k}", "greedy_pass@1", "accuracy_lenient", "mean_length", "clipped_ratio"]
@@ -1173,8 +1252,8 @@ def evaluate(
         greedy = generate(model, prompts, uniforms[first : first + size, :1].to(device), eos_ids, 0.0)
         rows, texts = [problem for problem in part for _ in range(k)], decode(tokenizer, sampled)
         rewards = score(task, rows, texts)
-        correct = rewards["correctness"].view(-1, k)
-        lenient = score(task, rows, texts, extract=task.lenient)["correctness"]
+        correct = rewards[main].view(-1, k)
+        lenient = score(task, rows, texts, extract=task.lenient)[main]
         # E[log policy - log reference] over whole completions; one of each prompt is enough.
         one = Completions(*(x[::k] for x in sampled))
         batch = make_batch(prompts, one, torch.zeros(len(part)), args)
@@ -1182,7 +1261,7 @@ def evaluate(
         values = {
             "pass@1": correct.mean(1),
             f"pass@{k}": correct.amax(1),
-            "greedy_pass@1": score(task, part, decode(tokenizer, greedy))["correctness"],
+            "greedy_pass@1": score(task, part, decode(tokenizer, greedy))[main],
             "accuracy_lenient": lenient.view(-1, k).mean(1),
             "mean_length": sampled.lengths.view(-1, k).float().mean(1),
             "clipped_ratio": 1 - sampled.finished.view(-1, k).float().mean(1),
@@ -1321,7 +1400,6 @@ def warm_up(
     optimizer = torch.optim.AdamW(
         model.parameters(), args.sft_learning_rate, (0.9, 0.95), weight_decay=0.01, fused=True
     )
-    device = next(model.parameters()).device
     progress = tqdm(total=args.sft_steps, unit=" steps of SFT", disable=None if rank == 0 else True)
     for step in range(args.sft_steps):
         # Up in 50 steps, level until half of them are done, then down to 5 percent.
@@ -1337,17 +1415,9 @@ def warm_up(
         texts = [text + tokenizer.eos_token for text in texts]
         completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
         token_count = sum(map(len, completions))
-        prompts, completions = prompts[rank::world], completions[rank::world]
-        starts, lengths = (
-            torch.tensor([len(x) for x in rows], device=device) for rows in (prompts, completions)
-        )
-        count = round_up(int(lengths.max()))
-        tokens = [prompt + completion for prompt, completion in zip(prompts, completions)]
-        tokens = pad(tokens, int(starts.max()) + count).to(device)
         with precision:
-            log_probs = completion_log_probs(model, tokens, starts, count, 1.0)
-            mask = torch.arange(count, device=device) < lengths[:, None]
-            loss = -(log_probs * mask).sum() / token_count
+            log_probs = sequence_log_probs(model, prompts[rank::world], completions[rank::world])
+            loss = -log_probs.sum() / token_count
             loss.backward()
         norm = optimizer_step(model, optimizer, 1.0)
         progress.update()
@@ -1604,7 +1674,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
 def make_task(args: Args) -> Task | Dataset:
     if args.dataset:
         return Dataset(args)
-    return {"arithmetic": Arithmetic, "countdown": Countdown}[args.task](args.seed)
+    return {"arithmetic": Arithmetic, "countdown": Countdown, "reviews": Reviews}[args.task](args.seed)
 
 
 def evaluate_run(args: Args, device: torch.device) -> None:
