@@ -2,6 +2,7 @@
 
 python -m benchmark run --suite mujoco --seeds 5 --jobs 2    # runs what is missing
 python -m benchmark report --suite mujoco                    # tables and figures from the results
+python -m benchmark frontier --seeds 3                       # true reward against KL, language models
 python -m benchmark curve runs/Hopper-v5__...                # learning curve of one run
 python -m benchmark speed                                    # steps per second beside the peers
 """
@@ -80,6 +81,31 @@ def report(
     print(write_report(*find_suite(suite, total_timesteps, preset), results, figures))
 
 
+def frontier(
+    seeds: int = 3, jobs: int = 1, results: Path = RESULTS, figures: Path = FIGURES, runs: Path = RUNS
+) -> None:
+    """Run what is missing of the suite llm-frontier; table and figure of the true reward against the KL.
+
+    Args:
+        seeds: runs per method and beta, with seeds 1 to this
+        jobs: runs at a time, each with one thread on one core
+        results: folder of the results
+        figures: folder of the figures
+        runs: folder of the run directories and logs
+    """
+    from benchmark.frontier import write_frontier, write_lines
+    from benchmark.runs import list_jobs
+
+    suite, tasks = find_suite("llm-frontier")
+    run(suite, seeds=seeds, jobs=jobs, results=results, runs=runs)
+    folders = [
+        job.last_run() for job in list_jobs(suite, tasks[:1], seeds, results.resolve(), runs.resolve())
+    ]
+    if all(folders):  # else the runs were made elsewhere, and the lines with them
+        write_lines([folder / "reference" for folder in folders], results / suite / "lines.csv")
+    print(write_frontier(suite, tasks, results, figures))
+
+
 def curve(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
@@ -122,5 +148,6 @@ def speed(
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "report": report, "curve": curve, "speed": speed}, prog="python -m benchmark"
+        {"run": run, "report": report, "frontier": frontier, "curve": curve, "speed": speed},
+        prog="python -m benchmark",
     )

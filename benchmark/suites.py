@@ -200,6 +200,17 @@ LOSSES_OF_GRPO = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 ADVANTAGES_OF_GRPO = ("grpo", "rloo", "softmax")  # and dr_grpo, the default, which the losses have
 
 
+# The flag that holds a method of preferences back from the reference, and values from near to far.
+FRONTIER = {
+    "dpo": ("--beta", ("2", "1", "0.5", "0.2")),
+    "ipo": ("--beta", ("10", "5", "2", "1")),
+    "kto": ("--beta", ("2", "1", "0.5", "0.2")),
+    "simpo": ("--beta", ("20", "10", "5", "2")),
+    "orpo": ("--orpo-lambda", ("0.3", "1", "3", "10")),
+}
+GRPO_ON_REVIEWS = ("--sft-steps", "300", "--eval-prompts", "512", "--eval-samples", "1")  # as in dpo_llm.py
+
+
 def grpo(*flags: str, label: str = "") -> Task:
     """Three-digit sums, for as many steps as are the default; both figures are of held-out prompts."""
     return Task(
@@ -215,6 +226,31 @@ def grpo(*flags: str, label: str = "") -> Task:
         evaluation_tag="eval/greedy_pass@1",
         evaluation_name="pass@1, greedy",
         other_tags=("reward", "eval/pass@8", "eval/kl_to_reference", "eval/mean_length", "entropy"),
+    )
+
+
+def dpo(*flags: str, label: str = "") -> Task:
+    """Reviews, for as many steps as are the default; both figures are of held-out prompts."""
+    return Task(
+        "dpo_llm.py",
+        "reviews",
+        225,
+        flags,
+        label,
+        environment_flag="",
+        steps_flag="--max-steps",
+        training_tag="eval/true_reward",
+        training_name="true reward",
+        evaluation_tag="eval/win_rate",
+        evaluation_name="win rate against the reference",
+        other_tags=(
+            "eval/kl_to_reference",
+            "eval/mean_length",
+            "eval/rewards/accuracies",
+            "eval/rewards/margins",
+            "eval/logps/chosen",
+            "eval/logps/rejected",
+        ),
     )
 
 
@@ -288,6 +324,22 @@ SUITES: dict[str, list[Task]] = {
         *(
             grpo("--advantages", kind, *SEVERAL_UPDATES, label=f"dapo, advantages {kind}")
             for kind in ADVANTAGES_OF_GRPO
+        ),
+    ],
+    "llm-dpo": [dpo(), dpo("--loss", "sft", label="likelihood of the chosen")],
+    "llm-frontier": [
+        *(
+            dpo("--loss", loss, flag, value, label=f"{loss}, {flag.removeprefix('--')} {value}")
+            for loss, (flag, values) in FRONTIER.items()
+            for value in values
+        ),
+        *(
+            replace(
+                grpo("--beta", beta, *GRPO_ON_REVIEWS, label=f"grpo, beta {beta}"),
+                environment="reviews",
+                training_name="true reward",
+            )
+            for beta in ("0.3", "0.1", "0.03", "0.01")
         ),
     ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],

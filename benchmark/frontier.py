@@ -1,0 +1,163 @@
+"""True reward against KL to the reference, after Rafailov et al. (2023, figure 2, left), in miniature.
+
+Each variant of the suite is a method with one beta. The lines to approach are of the reference itself, whose
+completions are weighted by exp(reward / beta), the optimum of what all methods maximise, or of which the best
+of n is taken.
+"""
+
+import csv
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmark.events import logged
+from benchmark.figures import COLORS, STYLE, save
+from benchmark.report import mean_and_std, number, provenance, table
+from benchmark.results import Summary, summarize
+from benchmark.suites import Task
+
+KL = "eval/kl_to_reference"
+BETAS = (3.0, 1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)
+BEST_OF = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def optimum(rewards: np.ndarray, beta: float) -> tuple[float, float]:
+    """KL and reward of pi_ref exp(r / beta) / Z, from rewards (prompts, N) of samples of pi_ref."""
+    log_weights = rewards / beta - np.logaddexp.reduce(rewards / beta, axis=1, keepdims=True)
+    weights = np.exp(log_weights)
+    divergence = (weights * (log_weights + math.log(rewards.shape[1]))).sum(1)
+    return divergence.mean(), (weights * rewards).sum(1).mean()
+
+
+def best_of(rewards: np.ndarray, n: int) -> tuple[float, float]:
+    """KL, at most log n - (n - 1) / n, and reward of the best of n samples, from rewards (prompts, N).
+
+    The mean over all choices of n, with replacement, of the N: the i-th smallest is the best one with
+    probability (i / N)^n - ((i - 1) / N)^n.
+    """
+    ranks = np.arange(rewards.shape[1] + 1) / rewards.shape[1]
+    return math.log(n) - (n - 1) / n, (np.sort(rewards, 1) * np.diff(ranks**n)).sum(1).mean()
+
+
+def sampled_rewards(reference: Path, prompts: int = 64, samples: int = 1024) -> np.ndarray:
+    """True rewards (prompts, samples) of completions of a model made by dpo_llm.py."""
+    import dpo_llm
+
+    task, tokenizer = dpo_llm.Reviews(seed=0), dpo_llm.make_tokenizer()
+    model = dpo_llm.Transformer.from_pretrained(reference)
+    problems = task.held_out_problems(prompts)
+    uniforms = torch.rand(
+        prompts, samples, task.max_completion_length, generator=torch.Generator().manual_seed(0)
+    )
+    ids = dpo_llm.encode_prompts(tokenizer, problems, model, task.max_completion_length)
+    texts = dpo_llm.decode(tokenizer, dpo_llm.sample(model, ids, uniforms, [tokenizer.eos_token_id]))
+    rows = [problem for problem in problems for _ in range(samples)]
+    return dpo_llm.true_rewards(task, rows, texts).double().view(prompts, samples).numpy()
+
+
+@dataclass
+class Line:
+    """A line to approach, with the mean over references at each of its parameters."""
+
+    name: str
+    parameters: list[float]
+    points: np.ndarray
+    """(len(parameters), 2): KL and reward"""
+
+
+def write_lines(references: list[Path], path: Path) -> None:
+    """Samples from the references, one for each seed, and writes both lines as CSV."""
+    rewards = [sampled_rewards(reference) for reference in references]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["line", "parameter", "kl", "reward"])
+        for name, function, parameters in (("optimum", optimum, BETAS), ("best of n", best_of, BEST_OF)):
+            for parameter in parameters:
+                point = np.mean([function(x, parameter) for x in rewards], axis=0)
+                writer.writerow([name, parameter, *(f"{x:.5g}" for x in point)])
+
+
+def read_lines(path: Path) -> list[Line]:
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for name in dict.fromkeys(row["line"] for row in rows):
+        mine = [row for row in rows if row["line"] == name]
+        points = np.array([[float(row["kl"]), float(row["reward"])] for row in mine])
+        lines.append(Line(name, [float(row["parameter"]) for row in mine], points))
+    return lines
+
+
+def points_of(summary: Summary) -> np.ndarray:
+    """KL and true reward (2, seeds, evaluations) of a variant."""
+    tags = (KL, summary.task.training_tag)
+    return np.array([[logged(curve, tag)[1] for curve in summary.curves] for tag in tags])
+
+
+def method_of(summary: Summary) -> str:
+    """What the label of the variant says before its beta."""
+    return summary.task.label.partition(",")[0]
+
+
+def draw(summaries: list[Summary], lines: list[Line], path: Path) -> None:
+    """All evaluations small, the mean over seeds of the last ones large and joined within a method."""
+    methods = list(dict.fromkeys(map(method_of, summaries)))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+        axes = figure.subplots()
+        for line, style in zip(lines, ("-", "--"), strict=True):
+            axes.plot(*line.points.T, color="black", linestyle=style, linewidth=1.2, label=line.name)
+        for method, color in zip(methods, COLORS, strict=True):
+            mine = [points_of(summary) for summary in summaries if method_of(summary) == method]
+            for points in mine:
+                axes.plot(*points.reshape(2, -1), ".", color=color, markersize=3, alpha=0.35)
+            ends = np.array([points[..., -1].mean(1) for points in mine])
+            axes.plot(*ends.T, "o-", color=color, markersize=5, linewidth=1, label=method)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("KL(policy, reference), nats per completion")
+        axes.set_ylabel("true reward")
+        axes.legend(frameon=False, ncols=2, fontsize=8)
+        save(figure, path)
+
+
+EXPLANATION = """\
+Mean ± sample standard deviation over seeds, at the end of the training, on held-out prompts. The KL is that
+of the policy to the reference, in nats per completion. The last column is the true reward of the optimum,
+pi_ref exp(reward / beta) / Z, at the same KL, from weighted samples of the reference; – is further out than
+its line goes."""
+
+
+def write_frontier(suite: str, tasks: list[Task], results: Path, figures: Path) -> str:
+    """Writes {results}/{suite}/README.md and the figure {suite}.png; returns the table."""
+    summaries = [summary for task in tasks if (summary := summarize(suite, task, results))]
+    lines = read_lines(results / suite / "lines.csv")
+    path = figures / f"{suite}.png"
+    draw(summaries, lines, path)
+    rows = []
+    for summary in summaries:
+        divergence, reward = points_of(summary)[..., -1]
+        lengths = np.array([logged(curve, "eval/mean_length")[1][-1] for curve in summary.curves])
+        best = np.interp(divergence.mean(), *lines[0].points.T, right=np.nan)
+        cells = [mean_and_std(reward), mean_and_std(divergence), mean_and_std(lengths)]
+        rows.append([summary.task.label, str(len(reward)), *cells, "–" if np.isnan(best) else number(best)])
+    text = table(["Variant", "Seeds", "True reward", "KL", "Tokens", "Optimum at that KL"], rows)
+    link = Path(os.path.relpath(path, results / suite)).as_posix()
+    manifests = [manifest for summary in summaries for manifest in summary.manifests]
+    parts = [
+        f"# Results: {suite}\n",
+        text + "\n",
+        EXPLANATION + "\n",
+        f"![True reward against KL]({link})\n",
+        f"The first of {len(manifests)} runs; each result has a manifest beside it:\n",
+        f"    {manifests[0]['command']}\n",
+        provenance(manifests),
+    ]
+    (results / suite / "README.md").write_text("\n".join(parts) + "\n")
+    return text
