@@ -267,13 +267,13 @@ def is_held_out(prompt: str) -> bool:
 
 
 class Task(ABC):
-    """Generated problems. A task of your own is a subclass with these members, named in Args and make_task.
+    """Generated problems. A task of your own is a subclass with these members, named where the others are.
 
     Problem i is a function of the seed and i, so that the position in the data is one number. The model made
     here reads and writes what VOCABULARY has; characters that a task needs are added there.
     """
 
-    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight); the first is what is evaluated
+    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight), the one that matters most first
     lenient: Callable  # finds an answer in a completion of another format, to be evaluated only
     max_completion_length: int
 
@@ -698,8 +698,8 @@ class Data:
 def completions_of(row: dict, args: Args, place: str) -> list[tuple[str | list, str | list, bool]]:
     """(prompt, completion, label) of a row: two of a pair, chosen first, or one that has a label.
 
-    Prompt and completion are both text, or both lists of messages. Where the conversation has more messages
-    than the answer, the ones before the answer are the prompt.
+    Prompt and completion are both text, or both lists of messages. Of the messages the last one is the
+    completion, whichever column the others stand in.
     """
     paired = args.chosen_column in row or args.rejected_column in row
     names = [args.chosen_column, args.rejected_column] if paired else [args.completion_column]
@@ -718,7 +718,9 @@ def completions_of(row: dict, args: Args, place: str) -> list[tuple[str | list, 
     for name, label in zip(names, labels):
         prompt, completion = row.get(args.prompt_column), row.get(name)
         if isinstance(completion, list) and len(completion) > 1:
-            prompt, completion = completion[:-1], completion[-1:]
+            # Either the whole conversation, or the part of it that follows a prompt of messages.
+            follows = isinstance(prompt, list) and completion[: len(prompt)] != prompt
+            prompt, completion = (prompt if follows else []) + completion[:-1], completion[-1:]
         for column, value in ((args.prompt_column, prompt), (name, completion)):
             if value is None:
                 raise SystemExit(
@@ -745,9 +747,8 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
     Prompt and completion are turned into tokens apart, so that none spans both. A completion that is text
     gets the token that ends it, in a conversation the chat template closes it.
     """
-    rows = [
-        completions_of(row, args, f"{source}, row {i}") for i, row in enumerate(read_rows(str(source)), 1)
-    ]
+    raw = read_rows(str(source))
+    rows = [completions_of(row, args, f"{source}, row {number}") for number, row in enumerate(raw, 1)]
     flat = [example for row in rows for example in row]
     kinds = {(type(prompt), len(row)) for row in rows for prompt, *_ in row}
     if len(kinds) != 1:
@@ -765,10 +766,10 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
         if not all(all_of_it.startswith(text) for text, all_of_it in zip(texts, whole)):
             raise SystemExit(f"The chat template of {args.model} changes a prompt when an answer follows it")
         answers = [all_of_it[len(text) :] for text, all_of_it in zip(texts, whole)]
-        ends = []
+        said, ends = [y[-1]["content"] for _, y, _ in flat], []
     else:
         texts, answers = [x for x, *_ in flat], [y for _, y, _ in flat]
-        ends = [tokenizer.eos_token_id]
+        said, ends = answers, [tokenizer.eos_token_id]
     prompts = tokenizer(texts, add_special_tokens=kind is str)["input_ids"]
     completions = [x + ends for x in tokenizer(answers, add_special_tokens=False)["input_ids"]]
     parts = Data(size == 2), Data(size == 2)
@@ -778,12 +779,15 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
         group = range(first, first + size)
         if any(len(prompts[i]) + len(completions[i]) > limit for i in group):
             dropped["longer than the limit"] += 1
-        elif any(not prompts[i] or not answers[i].strip() for i in group):
+        elif any(not prompts[i] or not said[i].strip() for i in group):
             dropped["empty"] += 1
         elif size == 2 and completions[first] == completions[first + 1]:
             dropped["with chosen equal to rejected"] += 1
         else:
-            part = parts[is_held_out(texts[first])]
+            held_out = raw[first // size].get("held_out", is_held_out(texts[first]))
+            part = parts[held_out]
+            if held_out and len(part.prompts) >= size * args.eval_prompts:
+                continue  # neither evaluated nor learned from
             for i in group:
                 part.texts.append(texts[i])
                 part.prompts.append(prompts[i])
@@ -942,6 +946,9 @@ def add_reference(model: Transformer, data: Data, args: Args) -> None:
     try:
         found = load_file(path)
     except Exception:  # not there, or damaged: both are mended by computing it
+        found = None
+    # All processes compute, or none does.
+    if sum_over_ranks(torch.tensor(float(found is None), device=device)):
         found = {"log_probs": all_log_probs(model, data.prompts, data.completions, args)}
         if args.loss == "kto":
             others = [data.other_prompt(row) for row in range(len(data.prompts))]
@@ -1089,12 +1096,17 @@ def sample_pairs(model: Transformer, tokenizer, task: Task, eos_ids: list[int], 
         if first == second or not completions.finished[2 * i : 2 * i + 2].all():
             continue
         chosen = (first < second) ^ (mistakes.random() < args.label_noise)  # 0 or 1
-        pair = {"chosen": texts[2 * i + chosen], "rejected": texts[2 * i + 1 - chosen]}
-        pair |= {"prompt": problem["prompt"]}
+        prompt, answers = problem["prompt"], [texts[2 * i + chosen], texts[2 * i + 1 - chosen]]
         if tokenizer.chat_template:
-            pair = {name: [{"role": "assistant", "content": text}] for name, text in pair.items()}
-            pair |= {"prompt": [{"role": "user", "content": problem["question"]}]}
-        pairs.append(pair | {"true_rewards": [first, second][:: -1 if chosen else 1]})
+            prompt = [{"role": "user", "content": problem["question"]}]
+            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+        pair = dict(zip((args.prompt_column, args.chosen_column, args.rejected_column), (prompt, *answers)))
+        pair["true_rewards"] = [first, second][:: -1 if chosen else 1]
+        pairs.append(pair | {"held_out": is_held_out(problem["prompt"])})
+    if not pairs:
+        raise SystemExit(
+            "The model writes no two reviews of which one is better; give --dataset, or another model"
+        )
     return pairs
 
 
@@ -1272,7 +1284,7 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 def warm_up(
     model: Transformer, tokenizer, task: Task, args: Args, log: Callable, precision: torch.autocast
 ) -> None:
-    """SFT on demonstrations, logged at negative steps: GRPO begins at 0."""
+    """SFT on demonstrations, logged at negative steps: what comes after begins at 0."""
     rank, world = rank_and_world()
     optimizer = torch.optim.AdamW(
         model.parameters(), args.sft_learning_rate, (0.9, 0.95), weight_decay=0.01, fused=True
@@ -1282,7 +1294,7 @@ def warm_up(
         # Up in 50 steps, level until half of them are done, then down to 5 percent.
         rate = min((step + 1) / 50, 1, 0.05 + 1.9 * (1 - step / args.sft_steps))
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * min(rate, 1)
-        # Problems with numbers below 0, which GRPO does not come to.
+        # Problems with numbers below 0, which what comes after does not reach.
         first = -(step + 1) * args.sft_batch_size
         problems = [task.train_problem(first + i) for i in range(args.sft_batch_size)]
         texts = [
@@ -1346,9 +1358,13 @@ def load_held_out(
 ) -> HeldOut:
     """Prompts of the task, or else of the data, and what the reference makes of them."""
     if not task:
-        problems = {text: prompt for text, prompt in zip(data.texts, data.prompts)}
-        texts = list(problems)[: args.eval_prompts]
-        return HeldOut([problems[text] for text in texts], [{"prompt": text} for text in texts], data, None)
+        room = reference.config["max_position_embeddings"] - args.max_completion_length
+        prompts = {text: ids for text, ids in zip(data.texts, data.prompts) if len(ids) <= room}
+        if len(prompts) < rank_and_world()[1]:
+            raise SystemExit(
+                "Too few held-out prompts leave room for a completion: lower --max-completion-length"
+            )
+        return HeldOut([*prompts.values()], [{"prompt": text} for text in prompts], data, None)
     problems = task.held_out_problems(args.eval_prompts)
     prompts = encode_prompts(tokenizer, problems, reference, args.max_completion_length)
     generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED + 1)
@@ -1360,7 +1376,7 @@ def load_held_out(
 def read_data(
     reference: Transformer, tokenizer, task: Task | None, eos_ids: list[int], args: Args, run: Path
 ) -> tuple[Data, HeldOut]:
-    """Preferences for the training and held-out ones, with the log-probabilities of the reference."""
+    """Preferences for the training, and held-out ones with the log-probabilities of the reference."""
     source = args.dataset or run / "pairs.jsonl"
     if task and rank_and_world()[0] == 0 and not source.exists():
         pairs = sample_pairs(reference, tokenizer, task, eos_ids, args)
@@ -1370,7 +1386,6 @@ def read_data(
         dist.barrier()  # the file is there
     data, held_out = load_data(source, args, tokenizer, reference.config["max_position_embeddings"])
     if args.has_reference:
-        add_reference(reference, data, args)
         add_reference(reference, held_out, args)
     return data, load_held_out(reference, tokenizer, task, held_out, eos_ids, args)
 
@@ -1414,15 +1429,18 @@ def train(args: Args, run: Path, device: torch.device) -> None:
 
     precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
     start, num_tokens = time.perf_counter(), 0
-    if not args.model and state:
-        model.load_state_dict(load_reference(args, run, device).state_dict())
-    elif not args.model:
-        warm_up(model, tokenizer, task, args, log, precision)
+    if state:
+        model.load_state_dict(Transformer.from_pretrained(run / "reference").state_dict())
+    else:
+        if not args.model:
+            warm_up(model, tokenizer, task, args, log, precision)
         if rank == 0:
             model.save_pretrained(run / "reference")
             tokenizer.save_pretrained(run / "reference")
     with precision:
         data, held_out = read_data(model, tokenizer, task, eos_ids, args, run)
+        if args.has_reference:
+            add_reference(model, data, args)
     elapsed = time.perf_counter() - start
     optimizer = torch.optim.AdamW(
         model.parameters(), args.learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True
@@ -1455,7 +1473,8 @@ def train(args: Args, run: Path, device: torch.device) -> None:
 
     def log_evaluation(step: int) -> None:
         with precision:
-            reference = load_reference(args, run, device)  # in memory for this long only
+            # In memory for this long only.
+            reference = Transformer.from_pretrained(run / "reference").to(device)
             metrics, samples = evaluate(model, reference, tokenizer, task, held_out, eos_ids, args)
         log({f"eval/{name}": value for name, value in metrics.items()}, step)
         reward = f"true reward {metrics['true_reward']:.3f}, " if task else ""
@@ -1546,19 +1565,14 @@ def shuffled(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def load_reference(args: Args, run: Path, device: torch.device) -> Transformer:
-    """The model as it was before the training, without gradients."""
-    model = make_model(args)[0] if args.model else Transformer.from_pretrained(run / "reference")
-    return model.to(device).requires_grad_(False)
-
-
 def evaluate_run(args: Args, device: torch.device) -> None:
     """Prints the metrics of a run on its held-out prompts."""
     state, path = load_checkpoint(args.evaluate), Path(args.evaluate)
     saved = dataclasses.replace(Args(**state["args"]), eval_prompts=args.eval_prompts)
     run = path if path.is_dir() else path.parent
     task = None if saved.dataset else Reviews(saved.seed)
-    reference, (model, tokenizer, eos_ids) = load_reference(saved, run, device), make_model(saved)
+    reference, (model, tokenizer, eos_ids) = Transformer.from_pretrained(run / "reference"), make_model(saved)
+    reference.to(device)
     model.load_state_dict(state["model"])
     with torch.autocast(device.type, torch.bfloat16, saved.bf16 and has_bfloat16(device)):
         _, held_out = read_data(reference, tokenizer, task, eos_ids, saved, run)

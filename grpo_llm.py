@@ -381,13 +381,13 @@ def is_held_out(prompt: str) -> bool:
 
 
 class Task(ABC):
-    """Generated problems. A task of your own is a subclass with these members, named in Args and make_task.
+    """Generated problems. A task of your own is a subclass with these members, named where the others are.
 
     Problem i is a function of the seed and i, so that the position in the data is one number. The model made
     here reads and writes what VOCABULARY has; characters that a task needs are added there.
     """
 
-    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight); the first is what is evaluated
+    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight), the one that matters most first
     lenient: Callable  # finds an answer in a completion of another format, to be evaluated only
     max_completion_length: int
 
@@ -1395,7 +1395,7 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 def warm_up(
     model: Transformer, tokenizer, task: Task, args: Args, log: Callable, precision: torch.autocast
 ) -> None:
-    """SFT on demonstrations, logged at negative steps: GRPO begins at 0."""
+    """SFT on demonstrations, logged at negative steps: what comes after begins at 0."""
     rank, world = rank_and_world()
     optimizer = torch.optim.AdamW(
         model.parameters(), args.sft_learning_rate, (0.9, 0.95), weight_decay=0.01, fused=True
@@ -1405,7 +1405,7 @@ def warm_up(
         # Up in 50 steps, level until half of them are done, then down to 5 percent.
         rate = min((step + 1) / 50, 1, 0.05 + 1.9 * (1 - step / args.sft_steps))
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * min(rate, 1)
-        # Problems with numbers below 0, which GRPO does not come to.
+        # Problems with numbers below 0, which what comes after does not reach.
         first = -(step + 1) * args.sft_batch_size
         problems = [task.train_problem(first + i) for i in range(args.sft_batch_size)]
         texts = [

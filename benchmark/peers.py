@@ -4,6 +4,7 @@ python -m benchmark.peers sb3 --algorithm ppo --env-id HalfCheetah-v5 --num-envs
 Each logs to TensorBoard in DIR, once per iteration, as the scripts do.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -79,11 +80,52 @@ def raw(env_id: str, num_envs: int, num_steps: int, total_timesteps: int, runs: 
     writer.close()
 
 
-def trl(model: str, max_steps: int, runs: Path, bf16: bool = True) -> None:
+def trl_common(max_steps: int, runs: Path, bf16: bool) -> dict:
+    """Settings of TRL's trainers under which they do what ours do."""
+    return {
+        "output_dir": str(runs),
+        "max_steps": max_steps,
+        "learning_rate": 1e-5,
+        "bf16": bf16,
+        "gradient_checkpointing": False,  # ours has none either
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def train_with_clock(trainer, runs: Path) -> None:
+    """Trains, with an event at the end of each step; for GRPO also the seconds that its sampling took."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **keywords) -> None:
+            writer.add_scalar("time/fps", 0, state.global_step)  # what counts is the time of the event
+            if seconds:
+                writer.add_scalar("time/rollout", seconds.pop(), state.global_step)
+
+    writer, seconds = SummaryWriter(str(runs)), []
+    if hasattr(trainer, "_generate"):
+        generate = trainer._generate
+
+        def timed(*arguments, **keywords):
+            start = time.perf_counter()
+            result = generate(*arguments, **keywords)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        trainer._generate = timed
+    trainer.add_callback(Clock())
+    trainer.train()
+    writer.close()
+
+
+def trl_grpo(model: str, max_steps: int, runs: Path, bf16: bool = True) -> None:
     """TRL's GRPOTrainer on the prompts and with the reward of grpo_llm.py; 32 groups of 16 completions."""
     from datasets import Dataset
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from grpo_llm import Arithmetic, number_reward
@@ -91,37 +133,45 @@ def trl(model: str, max_steps: int, runs: Path, bf16: bool = True) -> None:
     def correctness(prompts: list[str], completions: list[str], answer: list[str], **columns) -> list[float]:
         return number_reward(prompts, completions, answer)
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **keywords) -> None:
-            writer.add_scalar("time/fps", 0, state.global_step)  # what counts is the time of the event
-
-    writer = SummaryWriter(str(runs))
     problems = [Arithmetic(seed=1).train_problem(i) for i in range(32 * (max_steps + 1))]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model),
         processing_class=AutoTokenizer.from_pretrained(model),
         reward_funcs=correctness,
         args=GRPOConfig(
-            output_dir=str(runs),
-            max_steps=max_steps,
             per_device_train_batch_size=512,
             num_generations=16,
             max_completion_length=38,
-            learning_rate=1e-5,
             scale_rewards="none",
-            bf16=bf16,
-            gradient_checkpointing=False,  # ours has none either
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **trl_common(max_steps, runs, bf16),
         ),
         train_dataset=Dataset.from_list([{key: x[key] for key in ("prompt", "answer")} for x in problems]),
-        callbacks=[Clock()],
     )
-    trainer.train()
-    writer.close()
+    train_with_clock(trainer, runs)
+
+
+def trl_dpo(model: str, dataset: Path, max_steps: int, runs: Path, bf16: bool = True) -> None:
+    """TRL's DPOTrainer on the pairs of dpo_llm.py, 64 a step, the reference computed before the training."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        args=DPOConfig(
+            per_device_train_batch_size=64,
+            beta=0.5,
+            precompute_ref_log_probs=True,
+            **trl_common(max_steps, runs, bf16),
+        ),
+        train_dataset=Dataset.from_list(
+            [{key: x[key] for key in ("prompt", "chosen", "rejected")} for x in rows]
+        ),
+    )
+    train_with_clock(trainer, runs)
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"sb3": sb3, "raw": raw, "trl": trl})
+    tyro.extras.subcommand_cli_from_dict({"sb3": sb3, "raw": raw, "trl-grpo": trl_grpo, "trl-dpo": trl_dpo})

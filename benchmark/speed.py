@@ -92,7 +92,7 @@ def grpo(precision: str) -> Comparison:
     """32 groups of 16 completions of the default model after its warm-up, one update, no reference."""
     ours = ["grpo_llm.py", "--model", "{model}", "--max-completion-length", "38", "--num-minibatches", "1"]
     ours += ["--learning-rate", "1e-5", "--eval-interval", "0", "--checkpoint-interval", "1000"]
-    trl = ["-m", "benchmark.peers", "trl", "--model", "{model}"]
+    trl = ["-m", "benchmark.peers", "trl-grpo", "--model", "{model}"]
     return Comparison(
         f"grpo_llm, 32 x 16 completions, {precision}",
         1,
@@ -103,6 +103,24 @@ def grpo(precision: str) -> Comparison:
         steps_flag="--max-steps",
         per_step=512,
         prepare=["grpo_llm.py", "--max-steps", "1", "--eval-interval", "0"],
+    )
+
+
+def dpo(precision: str) -> Comparison:
+    """64 pairs a step that were sampled from the default model, its log-probabilities computed before."""
+    words = ["--model", "{model}", "--dataset", "{model}/../pairs.jsonl"]
+    ours = ["dpo_llm.py", *words, "--learning-rate", "1e-5", "--eval-interval", "0"]
+    trl = ["-m", "benchmark.peers", "trl-dpo", *words]
+    return Comparison(
+        f"dpo_llm, 64 pairs, {precision}",
+        1,
+        {
+            "ours": ours if precision == "bfloat16" else [*ours, "--no-bf16"],
+            "trl": trl if precision == "bfloat16" else [*trl, "--no-bf16"],
+        },
+        steps_flag="--max-steps",
+        per_step=64,
+        prepare=["dpo_llm.py", "--max-steps", "1", "--eval-interval", "0"],
     )
 
 
@@ -149,6 +167,8 @@ COMPARISONS = [
     ppo_atari(2, "float32"),
     grpo("bfloat16"),
     grpo("float32"),
+    dpo("bfloat16"),
+    dpo("float32"),
 ]
 
 
@@ -164,7 +184,8 @@ def measure_once(arguments: list[str], steps_flag: str, number: int, threads: in
     """One run in a process of its own, on the last cores; SystemExit with the end of its log if it fails.
 
     Returns steps per second after the DROPPED iterations, the seconds from the start of the process to the
-    end of the first iteration, and the peak memory in MB.
+    end of the first iteration, and the peak memory in MB; also the seconds of sampling in an iteration, where
+    they are logged.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
@@ -182,23 +203,24 @@ def measure_once(arguments: list[str], steps_flag: str, number: int, threads: in
         scalars = read_scalars(run)
     tag = next(tag for tag in LOGGED_ONCE_PER_ITERATION if tag in scalars)
     steps, _, times = scalars[tag]
+    sampling = scalars["time/rollout"][1][DROPPED:].tolist() if "time/rollout" in scalars else []
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return {
         "steps_per_second": (steps[-1] - steps[DROPPED - 1]) / (times[-1] - times[DROPPED - 1]),
         "startup_seconds": times[0] - start,
         "peak_memory_mb": usage.ru_maxrss * bytes_per_unit / 1e6,
-    }
+    } | ({"sampling_seconds": statistics.median(sampling)} if sampling else {})
 
 
 EXPLANATION = f"""\
 # Speed
 
-Environment steps per second, or completions per second of language models, end to end with logging, the
-programs in turn, each with one thread on one core where the heading says nothing else; the first {DROPPED}
-iterations do not count. *Ours / this* is how many times faster ours is. *Startup* is the time from the start
-of the process to the end of the first iteration. `sb3` is Stable-Baselines3, or sb3-contrib for TRPO, on
-MuJoCo with VecNormalize, on Atari with its wrappers; `trl` is TRL's trainer; `raw` is the environment alone,
-under random actions: the limit.
+Environment steps per second, or completions of language models, for DPO pairs of them, end to end with
+logging, the programs in turn, each with one thread on one core where the heading says nothing else; the
+first {DROPPED} iterations do not count. *Ours / this* is how many times faster ours is. *Startup* is the time
+from the start of the process to the end of the first iteration, *sampling* a part of an iteration. `sb3` is
+Stable-Baselines3, or sb3-contrib for TRPO, on MuJoCo with VecNormalize, on Atari with its wrappers; `trl` is
+TRL's trainer; `raw` is the environment alone, under random actions: the limit.
 """
 
 
@@ -212,6 +234,7 @@ def as_markdown(comparisons: dict[str, dict]) -> str:
     header = ["Program", "Rounds", "Median", "Ours / this", "Startup (s)", "Peak memory (MB)"]
     for name, comparison in comparisons.items():
         ours = median(comparison["programs"]["ours"], "steps_per_second")
+        samples = all("sampling_seconds" in rounds[0] for rounds in comparison["programs"].values())
         rows = []
         for program, rounds in comparison["programs"].items():
             rate = median(rounds, "steps_per_second")
@@ -220,9 +243,12 @@ def as_markdown(comparisons: dict[str, dict]) -> str:
             rows.append(
                 [program, each, f"{rate:.0f}", f"{ours / rate:.2f}", f"{startup:.1f}", f"{memory:.0f}"]
             )
+            if samples:
+                rows[-1].append(f"{median(rounds, 'sampling_seconds'):.3f}")
+        columns = [*header, "Sampling (s)"] if samples else header
         description = comparison["manifest"]
         packages = ", ".join(f"{name} {version}" for name, version in description["packages"].items())
-        text += f"\n## {name}\n\n{table(header, rows)}\n\n{manifest.machine(description)}; {packages}.\n"
+        text += f"\n## {name}\n\n{table(columns, rows)}\n\n{manifest.machine(description)}; {packages}.\n"
     return text
 
 
