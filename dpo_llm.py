@@ -7,6 +7,7 @@ more likely it makes a completion than the reference pi_ref does, which is a rew
 
 (Rafailov et al. 2023, equation 7). --loss chooses it or a relative: IPO (Azar et al. 2023), SimPO (Meng et
 al. 2024), ORPO (Hong et al. 2024), KTO (Ethayarajh et al. 2024), or likelihood of what was chosen (sft).
+Beside DPO there is a tenth of that likelihood (Pang et al. 2024), unless --sft-coef is 0.
 
 By default a transformer of 0.4M parameters is made here and learns to go on with reviews; pairs are sampled
 from it, and the more favourable of the two is chosen, with some mistakes. So the true reward of what it
@@ -105,7 +106,7 @@ class Args:
     # Algorithm
     loss: Literal["dpo", "ipo", "simpo", "orpo", "kto", "sft"] = "dpo"
     """sft is the likelihood of what was chosen; simpo, orpo and sft have no reference"""
-    beta: float = 0.5
+    beta: float = 0.3
     """weight of the KL to the reference that is implied: the smaller, the further the policy goes"""
     label_smoothing: float = 0.0
     """share of the labels that are taken to be wrong (cDPO), with --loss dpo"""
@@ -117,8 +118,8 @@ class Args:
     """weight of desirable completions, with --loss kto"""
     undesirable_weight: float = 1.0
     """weight of undesirable completions, with --loss kto"""
-    sft_coef: float = 0.0
-    """weight of the likelihood of what was chosen, per token, that is added to the loss of pairs"""
+    sft_coef: float | None = None
+    """weight of the likelihood of what was chosen, per token; None for 0.1 with --loss dpo, 0 with others"""
     batch_size: int = 64
     """pairs per step over all processes; twice as many completions with --loss kto"""
     micro_batch_size: int = 64
@@ -154,6 +155,11 @@ class Args:
         return Path(self.dataset).stem.replace(":", "-") if self.dataset else "reviews"
 
     @property
+    def likelihood_weight(self) -> float:
+        """The value of sft_coef, which keeps the mass on text that is in the pairs."""
+        return (0.1 if self.loss == "dpo" else 0.0) if self.sft_coef is None else self.sft_coef
+
+    @property
     def has_reference(self) -> bool:
         """Whether the loss compares the policy with the reference."""
         return self.loss in ("dpo", "ipo", "kto")
@@ -167,7 +173,7 @@ class Args:
         for name in "beta learning_rate sft_learning_rate max_grad_norm".split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        weights = "simpo_gamma orpo_lambda desirable_weight undesirable_weight sft_coef"
+        weights = "simpo_gamma orpo_lambda desirable_weight undesirable_weight likelihood_weight"
         for name in f"eval_interval sft_steps warmup_steps {weights}".split():
             if not getattr(self, name) >= 0:  # not "< 0", which lets NaN through
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -1209,7 +1215,7 @@ def judge(
             simpo_gamma=args.simpo_gamma,
             orpo_lambda=args.orpo_lambda,
         )
-        losses = losses - args.sft_coef * log_probs[0::2] / lengths[0::2]
+        losses = losses - args.likelihood_weight * log_probs[0::2] / lengths[0::2]
         rewards = torch.stack(rewards, 1).flatten()
     values = {"loss": losses.detach()}
     for name, which in (("chosen", labels), ("rejected", ~labels)):

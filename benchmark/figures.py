@@ -19,6 +19,7 @@ COLORS = (
     "#cc79a7",
     "#e69f00",
     "#56b4e9",
+    "#7f7f7f",
 )  # told apart by the colour-blind, too
 EVALUATION_COLOR = COLORS[1]
 STYLE = {

@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 TRAIN = {"num_envs": 2, "num_steps": 64, "num_minibatches": 2, "update_epochs": 1, "critic_epochs": 1}
 TRAIN |= {"total_timesteps": 256, "eval_episodes": 1, "compile": False}
 TRAIN |= {"sft_steps": 10, "max_steps": 2, "num_prompts": 4, "num_generations": 4, "eval_prompts": 4}
+# Pairs need a model that has learned to write reviews.
+TRAIN_OF = {"dpo_llm": {"sft_steps": 100, "num_pairs": 100, "eval_prompts": 32}}
 SMALL = {
     "--resume": "--total-timesteps 384",
     "--evaluate": "--eval-episodes 1",
@@ -85,7 +87,7 @@ def run(arguments: list[str], clone: Path, variables: dict[str, str]) -> str:
 def small_arguments(script: str) -> dict[str, int | bool]:
     """TRAIN, as far as the script has these arguments."""
     known = {field.name for field in dataclasses.fields(SCRIPTS[script].Args)}
-    return {name: value for name, value in TRAIN.items() if name in known}
+    return {name: value for name, value in (TRAIN | TRAIN_OF.get(script, {})).items() if name in known}
 
 
 def cut_down(command: str) -> list[str]:
@@ -142,7 +144,8 @@ def check_metrics_of_a_language_model(name: str, folder: Path, monkeypatch: pyte
     def parity(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [float(len(completion) % 2) for completion in completions]
 
-    monkeypatch.setitem(SCRIPTS[name].Arithmetic.rewards, "correctness", (parity, 1.0))
+    task = getattr(SCRIPTS[name], "Arithmetic", SCRIPTS[name].Reviews)
+    monkeypatch.setitem(task.rewards, next(iter(task.rewards)), (parity, 1.0))
     run = SCRIPTS[name].main(SCRIPTS[name].Args(**small_arguments(name), runs=str(folder)))
     logged = {tag for tag in read_curves(run) if not tag.endswith("/text_summary")} | {"time/elapsed"}
     assert logged == set(re.findall(r"^\| `([a-z][^`]+)`", PAGES[name], re.MULTILINE))
