@@ -210,3 +210,163 @@ FRONTIER = {
 }
 # Without the likelihood of the chosen that stands beside DPO by default.
 PURE = ("--sft-coef", "0")
+GRPO_ON_REVIEWS = ("--sft-steps", "300", "--eval-prompts", "512", "--eval-samples", "1")  # as in dpo_llm.py
+
+
+def grpo(*flags: str, label: str = "") -> Task:
+    """Three-digit sums, for as many steps as are the default; both figures are of held-out prompts."""
+    return Task(
+        "grpo_llm.py",
+        "arithmetic",
+        50,
+        flags,
+        label,
+        environment_flag="--task",
+        steps_flag="--max-steps",
+        training_tag="eval/pass@1",
+        training_name="pass@1, sampled",
+        evaluation_tag="eval/greedy_pass@1",
+        evaluation_name="pass@1, greedy",
+        other_tags=("reward", "eval/pass@8", "eval/kl_to_reference", "eval/mean_length", "entropy"),
+    )
+
+
+def dpo(*flags: str, label: str = "") -> Task:
+    """Reviews, for as many steps as are the default; both figures are of held-out prompts."""
+    return Task(
+        "dpo_llm.py",
+        "reviews",
+        225,
+        flags,
+        label,
+        environment_flag="",
+        steps_flag="--max-steps",
+        training_tag="eval/true_reward",
+        training_name="true reward",
+        evaluation_tag="eval/win_rate",
+        evaluation_name="win rate against the reference",
+        other_tags=(
+            "eval/kl_to_reference",
+            "eval/mean_length",
+            "eval/rewards/accuracies",
+            "eval/rewards/margins",
+            "eval/logps/chosen",
+            "eval/logps/rejected",
+        ),
+    )
+
+
+SUITES: dict[str, list[Task]] = {
+    "mujoco": [
+        Task(
+            "ppo_continuous.py", environment, 1_000_000, PPO_FLAGS.get(environment, ()), references=references
+        )
+        for environment, references in PPO_MUJOCO.items()
+    ],
+    "mujoco-defaults": [
+        Task("ppo_continuous.py", environment, 1_000_000, references=PPO_MUJOCO[environment])
+        for environment in PPO_FLAGS
+    ],
+    "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
+    "trpo": [trpo(environment) for environment in TRPO_MUJOCO],
+    "trpo-swimmer": [trpo("Swimmer-v5", 1_000_000, "--gamma", "0.9999", label="trpo_gamma_0.9999")],
+    "trpo-step-rules": [
+        trpo(environment, 500_000, "--step-rule", rule, label=rule)
+        for environment in ("HalfCheetah-v5", "Hopper-v5")
+        for rule in ("trust-region", "natural-gradient", "line-search")
+    ],
+    # The scripts for discrete actions side by side.
+    "classic": [
+        reinforce("CartPole-v1", 300_000),
+        Task("a2c_cartpole.py", "CartPole-v1", 500_000, other_tags=LOSSES_OF_A2C),
+        Task("ppo_discrete.py", "CartPole-v1", 100_000),
+        Task("a2c_cartpole.py", "Acrobot-v1", 500_000, other_tags=LOSSES_OF_A2C),
+        Task("ppo_discrete.py", "Acrobot-v1", 200_000),
+    ],
+    "a3c": [
+        Task(
+            "a2c_cartpole.py",
+            "CartPole-v1",
+            500_000,
+            ("--asynchronous", "--num-workers", "2"),
+            label="a3c",
+            other_tags=LOSSES_OF_A2C,
+        )
+    ],
+    # Needs Box2D: pip install "gymnasium[box2d]".
+    "lunarlander": [
+        Task("ppo_discrete.py", "LunarLander-v3", 1_000_000, LUNAR_LANDER_FLAGS),
+    ],
+    "reinforce": [reinforce(environment, 3_000_000) for environment in REINFORCE_MUJOCO],
+    # Weights as they are, without normalisation, so that their noise can be compared.
+    "estimators": [
+        reinforce(
+            "CartPole-v1",
+            300_000,
+            *("--estimator", estimator, "--no-norm-returns"),
+            label=estimator,
+            drawn_tag="losses/gradient_variance",
+        )
+        for estimator in ESTIMATORS
+    ],
+    "atari": [atari(game, 10_000_000) for game in PPO_ATARI],
+    "atari-fast": [atari(game, 2_500_000, *FAST_ATARI_FLAGS, label="fast") for game in ("Pong", "Breakout")],
+    # What rounding to bfloat16 costs in score; both with one thread, side by side.
+    "atari-precision": [
+        replace(
+            atari("Breakout", 150_000, *FAST_ATARI_FLAGS, *flag, label=label),
+            references=(),  # the published ones are of runs 67 times as long
+            multithreaded=False,
+        )
+        for label, flag in (("bfloat16", ()), ("float32", ("--no-bfloat16",)))
+    ],
+    "llm-grpo": [grpo()],
+    "llm-grpo-losses": [
+        *(grpo("--loss", loss, *SEVERAL_UPDATES, label=loss) for loss in LOSSES_OF_GRPO),
+        *(
+            grpo("--advantages", kind, *SEVERAL_UPDATES, label=f"dapo, advantages {kind}")
+            for kind in ADVANTAGES_OF_GRPO
+        ),
+    ],
+    "llm-dpo": [
+        dpo(),
+        dpo(*PURE, label="without likelihood"),
+        dpo("--loss", "sft", label="likelihood of the chosen"),
+    ],
+    "llm-frontier": [
+        *(
+            dpo("--loss", loss, flag, value, *PURE, label=f"{loss}, {flag.removeprefix('--')} {value}")
+            for loss, (flag, values) in FRONTIER.items()
+            for value in values
+        ),
+        *(
+            dpo("--beta", value, label=f"dpo and likelihood, beta {value}")
+            for value in ("1", "0.5", "0.3", "0.1")
+        ),
+        *(
+            replace(
+                grpo("--beta", beta, *GRPO_ON_REVIEWS, label=f"grpo, beta {beta}"),
+                environment="reviews",
+                training_name="true reward",
+            )
+            for beta in ("0.3", "0.1", "0.03", "0.01")
+        ),
+    ],
+    "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
+}
+
+
+def find_suite(
+    name: str, total_timesteps: int | None = None, preset: str | None = None
+) -> tuple[str, list[Task]]:
+    """Name and tasks of a suite, or of that with a preset; SystemExit with a sentence if there is none.
+
+    With `total_timesteps` it is another suite, with another name: a trial is never taken for the real thing.
+    """
+    name = f"{name}-{preset}" if preset else name
+    if name not in SUITES:
+        raise SystemExit(f"There is no suite {name!r}; there are {', '.join(SUITES)}")
+    if total_timesteps is None:
+        return name, SUITES[name]
+    tasks = [replace(task, total_timesteps=total_timesteps) for task in SUITES[name]]
+    return f"{name}-{total_timesteps}", tasks
