@@ -113,7 +113,7 @@ def draw(summaries: list[Summary], lines: list[Line], path: Path) -> None:
         axes = figure.subplots()
         for line, style in zip(lines, ("-", "--"), strict=True):
             axes.plot(*line.points.T, color="black", linestyle=style, linewidth=1.2, label=line.name)
-        for method, color in zip(methods, COLORS, strict=True):
+        for method, color in zip(methods, COLORS[: len(methods)], strict=True):
             mine = [points_of(summary) for summary in summaries if method_of(summary) == method]
             for points in mine:
                 axes.plot(*points.reshape(2, -1), ".", color=color, markersize=3, alpha=0.35)

@@ -1,5 +1,6 @@
 """The benchmark harness: reading what was logged, statistics, running what is missing, tables and figures."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import speed
+from benchmark import frontier, speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import draw_run
 from benchmark.manifest import available_cores
@@ -289,6 +291,45 @@ def test_several_published_figures_and_a_panel_of_its_own(tmp_path: Path, monkey
     assert left.get_yscale() == "linear" and left.get_title() == "One-v0"
     assert right.get_yscale() == "log" and right.get_title() == f"One-v0: {EVALUATION}"
     assert len(right.lines) == len(tasks) * 3  # two seeds and their mean each, no published figures
+
+
+def test_lines_of_the_frontier() -> None:
+    """Rewards 0 and 1, equally often: the optimum is a coin of probability sigmoid(1 / beta)."""
+    coin = np.array([[0.0, 1.0] * 50, [1.0, 0.0] * 50])
+    for beta in (0.01, 0.2, 1.0, 5.0):
+        p = 1 / (1 + np.exp(-1 / beta))
+        divergence = np.log(2) - scipy.stats.entropy([p, 1 - p])
+        np.testing.assert_allclose(frontier.optimum(coin, beta), (divergence, p), atol=1e-12)
+    rewards = np.array([[0.3, 0.1, 0.9]])
+    for n in (1, 2, 4):
+        best = np.mean([max(choice) for choice in itertools.product(rewards[0], repeat=n)])
+        np.testing.assert_allclose(frontier.best_of(rewards, n), (np.log(n) - (n - 1) / n, best))
+
+
+def test_frontier_is_drawn_with_the_optimum_at_the_same_kl(tmp_path: Path) -> None:
+    tags = {"training_tag": "eval/true_reward", "evaluation_tag": "eval/win_rate"}
+    others = (frontier.KL, "eval/mean_length")
+    tasks = [
+        Task("dpo_llm.py", "reviews", 20, label=f"dpo, beta {x}", other_tags=others, **tags) for x in "12"
+    ]
+    for i, task in enumerate(tasks):
+        for seed in (1, 2):
+            rows = [[0, 0.4, 0.5, 0, 0, 14], [20, 0.6 + 0.1 * i, 0.7, 9, 1 + 3 * i + 0.5 * seed, 12 + seed]]
+            folder = tmp_path / "frontier" / task.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [",".join(["step", *task.tags]), *(",".join(map(str, row)) for row in rows)]
+            (folder / f"seed{seed}.csv").write_text("\n".join(lines) + "\n")
+            manifest = {"command": "python dpo_llm.py", "commit": "abc", "dirty": False, "packages": {}}
+            manifest |= {"processor": "A processor", "gpu": None}
+            (folder / f"seed{seed}.json").write_text(json.dumps(manifest))
+    lines = "line,parameter,kl,reward\noptimum,1,0,0.4\noptimum,0.1,2,0.8\nbest of n,1,0,0.4\n"
+    (tmp_path / "frontier" / "lines.csv").write_text(lines)
+    text = frontier.write_frontier("frontier", tasks, tmp_path, tmp_path / "figures")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    assert cells[0] == ["dpo, beta 1", "2", "0.60 ± 0.00", "1.75 ± 0.35", "13.5 ± 0.71", "0.75"]
+    assert cells[1][-1] == "–"  # further out than the line goes
+    assert (tmp_path / "figures" / "frontier.png").stat().st_size > 1000
+    assert text in (tmp_path / "frontier" / "README.md").read_text()
 
 
 def test_curve_of_one_run(tmp_path: Path) -> None:
