@@ -1474,6 +1474,8 @@ def train(args: Args, run: Path, device: torch.device) -> None:
     args = dataclasses.replace(
         args, max_completion_length=args.max_completion_length or task.max_completion_length
     )
+    if args.dataset:  # a prompt that is too long is found now, not when its turn comes
+        encode_prompts(tokenizer, sum(task.parts.values(), []), model, args.max_completion_length)
     # The only generator: problems are functions of their number.
     generator = torch.Generator().manual_seed(args.seed)
     state = load_checkpoint(run) if args.resume and (run / "checkpoint.pt").exists() else None
