@@ -22,7 +22,6 @@ Face instead (Llama, Qwen2, Qwen3 families), --dataset a file of preferences. Lo
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -709,14 +709,12 @@ def completions_of(row: dict, args: Args, place: str) -> list[tuple[str | list, 
     """
     paired = args.chosen_column in row or args.rejected_column in row
     names = [args.chosen_column, args.rejected_column] if paired else [args.completion_column]
+    columns, labels, found = ", ".join(map(str, row)) or "none", [True, False], []
     if not paired and args.loss != "kto":
+        hint = "; --loss kto takes labels" if args.label_column in row else ""
         raise SystemExit(
-            f"{place}: no columns {args.chosen_column} and {args.rejected_column}; "
-            f"there are: {', '.join(map(str, row)) or 'none'}"
-            + "; --loss kto takes labels"
-            * (args.label_column in row)
+            f"{place}: no columns {args.chosen_column} and {args.rejected_column}; there are: {columns}{hint}"
         )
-    labels, found = [True, False], []
     if not paired:
         labels = [row.get(args.label_column)]
         if labels[0] not in (True, False):
@@ -729,17 +727,14 @@ def completions_of(row: dict, args: Args, place: str) -> list[tuple[str | list, 
             prompt, completion = (prompt if follows else []) + completion[:-1], completion[-1:]
         for column, value in ((args.prompt_column, prompt), (name, completion)):
             if value is None:
-                raise SystemExit(
-                    f"{place}: no column {column}; there are: {', '.join(map(str, row)) or 'none'}"
-                )
+                raise SystemExit(f"{place}: no column {column}; there are: {columns}")
         messages = [x for value in (prompt, completion) if isinstance(value, list) for x in value]
         if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
             raise SystemExit(
                 f"{place}: {args.prompt_column} and {name} must both be text, or both be lists of messages"
             )
-        if not all(
-            isinstance(x, dict) and isinstance(x.get("content"), str) and "role" in x for x in messages
-        ):
+        fields = [x.get(field) for x in messages if isinstance(x, dict) for field in ("role", "content")]
+        if len(fields) < 2 * len(messages) or not all(isinstance(field, str) for field in fields):
             raise SystemExit(f"{place}: each message of a conversation needs a role and a content")
         found.append((prompt, completion, bool(label)))
     if paired and found[0][0] != found[1][0]:
@@ -765,10 +760,9 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
             raise SystemExit(
                 f"{source} has conversations, and the tokenizer of {args.model} no chat template"
             )
-        texts = [
-            tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False) for x, *_ in flat
-        ]
-        whole = [tokenizer.apply_chat_template(x + y, tokenize=False) for x, y, _ in flat]
+        template = partial(tokenizer.apply_chat_template, tokenize=False)
+        texts = [template(prompt, add_generation_prompt=True) for prompt, *_ in flat]
+        whole = [template(prompt + answer) for prompt, answer, _ in flat]
         if not all(all_of_it.startswith(text) for text, all_of_it in zip(texts, whole)):
             raise SystemExit(f"The chat template of {args.model} changes a prompt when an answer follows it")
         answers = [all_of_it[len(text) :] for text, all_of_it in zip(texts, whole)]
@@ -790,7 +784,7 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
         elif size == 2 and completions[first] == completions[first + 1]:
             dropped["with chosen equal to rejected"] += 1
         else:
-            held_out = raw[first // size].get("held_out", is_held_out(texts[first]))
+            held_out = bool(raw[first // size].get("held_out", is_held_out(texts[first])))
             part = parts[held_out]
             if held_out and len(part.prompts) >= size * args.eval_prompts:
                 continue  # neither evaluated nor learned from
@@ -1239,10 +1233,8 @@ def take_step(
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     size = 1 if args.loss == "kto" else 2
     # Rows of like length together, so that little is padding.
-    mine = sorted(
-        units[rank::world],
-        key=lambda unit: len(data.prompts[size * unit]) + len(data.completions[size * unit]),
-    )
+    lengths = {unit: len(data.prompts[size * unit] + data.completions[size * unit]) for unit in units}
+    mine = sorted(units[rank::world], key=lengths.get)
     rows = [size * unit + i for unit in mine for i in range(size)]
     step = max(args.micro_batch_size // size, 1) * size
     micro_batches = [rows[i : i + step] for i in range(0, len(rows), step)]
@@ -1250,19 +1242,15 @@ def take_step(
     if args.loss == "kto":  # of the whole batch, so that it does not matter how it is divided
         with torch.no_grad():
             for micro in micro_batches:
-                others, completions = (
-                    [data.other_prompt(i) for i in micro],
-                    [data.completions[i] for i in micro],
-                )
-                gap = sequence_log_probs(model, others, completions)
+                others = [data.other_prompt(row) for row in micro]
+                gap = sequence_log_probs(model, others, [data.completions[row] for row in micro])
                 kl += (gap - data.reference_mismatched[micro].to(device)).sum() / len(units)
         kl = sum_over_ranks(kl).clamp(min=0)
     totals = {}
     for micro in micro_batches:
-        prompts, completions = [data.prompts[i] for i in micro], [data.completions[i] for i in micro]
-        losses, sums = judge(
-            sequence_log_probs(model, prompts, completions), data, micro, kl, args, pairs=size == 2
-        )
+        prompts, completions = [data.prompts[row] for row in micro], [data.completions[row] for row in micro]
+        log_probs = sequence_log_probs(model, prompts, completions)
+        losses, sums = judge(log_probs, data, micro, kl, args, pairs=size == 2)
         (losses.sum() / len(units)).backward()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value
@@ -1565,7 +1553,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
             wandb.finish()
 
 
-@functools.lru_cache(2)  # the pass that ends in a step and the one that begins in it
+@lru_cache(2)  # the pass that ends in a step and the one that begins in it
 def shuffled(seed: int, epoch: int, count: int) -> list[int]:
     """The order of the data in a pass."""
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
