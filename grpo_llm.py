@@ -592,6 +592,8 @@ def read_rows(source: str) -> list[dict]:
                 if not isinstance(rows[-1], dict):
                     raise SystemExit(f"{source}, line {number} is not a JSON object")
             return rows
+        if path.is_file():
+            raise SystemExit(f"{source} is of another kind than .jsonl, .json and .parquet")
         import datasets
 
         name, _, configuration = source.partition(":")

@@ -670,6 +670,12 @@ def test_bad_datasets_are_named(content, message, tmp_path):
     assert message in refusal(grpo.Dataset, grpo.Args(dataset=str(path), model="x"))
 
 
+def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    message = refusal(grpo.read_rows, str(tmp_path / "a.csv"))
+    assert message.endswith("a.csv is of another kind than .jsonl, .json and .parquet")
+
+
 # --------------------------------------------------------------------------------------------- arguments
 
 
