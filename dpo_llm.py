@@ -173,7 +173,7 @@ class Args:
         for name in "beta learning_rate sft_learning_rate max_grad_norm".split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        weights = "simpo_gamma orpo_lambda desirable_weight undesirable_weight likelihood_weight"
+        weights = "simpo_gamma orpo_lambda desirable_weight undesirable_weight"
         for name in f"eval_interval sft_steps warmup_steps {weights}".split():
             if not getattr(self, name) >= 0:  # not "< 0", which lets NaN through
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -184,9 +184,9 @@ class Args:
             raise ValueError(f"label_smoothing belongs to the loss dpo, not to {self.loss}")
         if self.sft_coef and self.loss in ("kto", "sft"):
             raise ValueError(f"sft_coef belongs to the losses of pairs, not to {self.loss}")
-        for name in ("max_length", "max_completion_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, or None for the default")
+        for name, least in (("max_length", 1), ("max_completion_length", 1), ("sft_coef", 0)):
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, or None for the default")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.hidden_size % (2 * self.num_heads):
@@ -772,6 +772,8 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
     else:
         texts, answers = [x for x, *_ in flat], [y for _, y, _ in flat]
         said, ends = answers, [tokenizer.eos_token_id]
+        if ends == [None]:
+            raise SystemExit(f"The tokenizer of {args.model} has no token that ends a text")
     prompts = tokenizer(texts, add_special_tokens=kind is str)["input_ids"]
     completions = [x + ends for x in tokenizer(answers, add_special_tokens=False)["input_ids"]]
     parts = Data(size == 2), Data(size == 2)
@@ -786,7 +788,9 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
         elif size == 2 and completions[first] == completions[first + 1]:
             dropped["with chosen equal to rejected"] += 1
         else:
-            held_out = bool(raw[first // size].get("held_out", is_held_out(texts[first])))
+            held_out = raw[first // size].get("held_out")
+            if not isinstance(held_out, bool):
+                held_out = is_held_out(texts[first])
             part = parts[held_out]
             if held_out and len(part.prompts) >= size * args.eval_prompts:
                 continue  # neither evaluated nor learned from
@@ -940,7 +944,8 @@ def all_log_probs(
 def add_reference(model: Transformer, data: Data, args: Args) -> None:
     """Log-probabilities of the data by the reference, from the disk if they were computed before."""
     device = next(model.parameters()).device
-    key = hashlib.sha256(f"{args.loss == 'kto'} {torch.is_autocast_enabled(device.type)}".encode())
+    kind = [args.loss == "kto", torch.is_autocast_enabled(device.type), model.config]
+    key = hashlib.sha256(json.dumps(kind).encode())
     for weights in model.state_dict().values():
         key.update(weights.cpu().numpy().tobytes())
     key.update(json.dumps([data.prompts, data.completions]).encode())
@@ -960,7 +965,7 @@ def add_reference(model: Transformer, data: Data, args: Args) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file(found, path.with_suffix(f".{os.getpid()}"))
                 os.replace(path.with_suffix(f".{os.getpid()}"), path)
-            except OSError as error:
+            except Exception as error:  # safetensors has one of its own for a full disk
                 print(f"Warning: cannot keep the log-probabilities of the reference: {error}", flush=True)
     data.reference, data.reference_mismatched = found["log_probs"], found.get("mismatched")
 
@@ -1224,8 +1229,10 @@ def judge(
 
 def means_of(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     """Metrics from their (sum, count), with the margin between the rewards."""
-    means = {name: (x[0] / x[1].clamp(min=1)).item() for name, x in sums.items()}
-    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+    means = {name: (x[0] / x[1]).item() for name, x in sums.items() if x[1] > 0}
+    if "rewards/chosen" in means and "rewards/rejected" in means:  # a batch of KTO may have one kind only
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
 
 
 def take_step(
@@ -1346,6 +1353,16 @@ def load_checkpoint(run: str | Path) -> dict:
     return state
 
 
+def export(model: Transformer, tokenizer, eos_ids: list[int], path: Path) -> None:
+    """Writes a Hugging Face folder with all that sampling needs."""
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
+    except Exception as error:  # the libraries have errors of their own for a full disk
+        raise SystemExit(f"Cannot write {path}; is the disk full? ({error})")
+
+
 # --------------------------------------------------------------------------------------------- training
 
 
@@ -1363,7 +1380,7 @@ def load_held_out(
         return HeldOut([*prompts.values()], [{"prompt": text} for text in prompts], data, None)
     problems = task.held_out_problems(args.eval_prompts)
     prompts = encode_prompts(tokenizer, problems, reference, args.max_completion_length)
-    generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED + 1)
+    generator = torch.Generator().manual_seed(args.seed + 2 * EVALUATION_SEED)
     uniforms = torch.rand(len(prompts), 1, args.max_completion_length, generator=generator)
     texts = decode(tokenizer, sample(reference, prompts, uniforms, eos_ids))
     return HeldOut(prompts, problems, data, true_rewards(task, problems, texts))
@@ -1431,8 +1448,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
         if not args.model:
             warm_up(model, tokenizer, task, args, log, precision)
         if rank == 0:
-            model.save_pretrained(run / "reference")
-            tokenizer.save_pretrained(run / "reference")
+            export(model, tokenizer, eos_ids, run / "reference")
     with precision:
         data, held_out = read_data(model, tokenizer, task, eos_ids, args, run)
         if args.has_reference:
@@ -1476,7 +1492,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
         reward = f"true reward {metrics['true_reward']:.3f}, " if task else ""
         say(
             f"step {step:>5,}: evaluation {reward}KL {metrics['kl_to_reference']:.2f}, "
-            f"length {metrics['mean_length']:.1f}, margin {metrics['rewards/margins']:.2f}"
+            f"length {metrics['mean_length']:.1f}, margin {metrics.get('rewards/margins', math.nan):.2f}"
         )
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
             say("Warning: the policy is over half a nat per token away from its reference; raise --beta")
@@ -1545,12 +1561,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
     progress.close()
     if rank == 0:
         writer.close()
-        try:
-            model.save_pretrained(run / "model")
-            tokenizer.save_pretrained(run / "model")
-            (run / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
-        except OSError as error:
-            raise SystemExit(f"Cannot write {run / 'model'}; is the disk full? ({error})")
+        export(model, tokenizer, eos_ids, run / "model")
         if args.track:
             wandb.finish()
 
@@ -1619,6 +1630,8 @@ def main(args: Args) -> Path:
         train(args, run, device)
     except KeyboardInterrupt:
         raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {run}")
+    except OSError as error:
+        raise SystemExit(f"{error}; go on with: python {Path(__file__).name} --resume {run}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

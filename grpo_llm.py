@@ -1463,6 +1463,16 @@ def load_checkpoint(run: str | Path) -> dict:
     return state
 
 
+def export(model: Transformer, tokenizer, eos_ids: list[int], path: Path) -> None:
+    """Writes a Hugging Face folder with all that sampling needs."""
+    try:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
+    except Exception as error:  # the libraries have errors of their own for a full disk
+        raise SystemExit(f"Cannot write {path}; is the disk full? ({error})")
+
+
 # --------------------------------------------------------------------------------------------- training
 
 
@@ -1665,12 +1675,7 @@ def train(args: Args, run: Path, device: torch.device) -> None:
     progress.close()
     if rank == 0:
         writer.close()
-        try:
-            model.save_pretrained(run / "model")
-            tokenizer.save_pretrained(run / "model")
-            (run / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
-        except OSError as error:
-            raise SystemExit(f"Cannot write {run / 'model'}; is the disk full? ({error})")
+        export(model, tokenizer, eos_ids, run / "model")
         if args.track:
             wandb.finish()
 
@@ -1744,6 +1749,8 @@ def main(args: Args) -> Path:
         train(args, run, device)
     except KeyboardInterrupt:
         raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {run}")
+    except OSError as error:
+        raise SystemExit(f"{error}; go on with: python {Path(__file__).name} --resume {run}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
