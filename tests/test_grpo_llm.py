@@ -712,7 +712,7 @@ def test_each_loss_has_its_own_clip_range():
 
 # -------------------------------------------------------------------------------------------- short runs
 
-TINY = {"hidden_size": 48, "num_layers": 1, "num_heads": 2, "sft_steps": 90, "sft_batch_size": 16}
+TINY = {"hidden_size": 48, "num_layers": 1, "num_heads": 2, "sft_steps": 120, "sft_batch_size": 16}
 TINY |= {"num_prompts": 8, "num_generations": 8, "max_steps": 6, "checkpoint_interval": 2, "eval_interval": 2}
 TINY |= {"eval_prompts": 8, "eval_samples": 2, "micro_batch_size": 24, "temperature": 1.2, "bf16": False}
 
@@ -760,7 +760,7 @@ def test_what_is_logged(finished_run):
     }
     assert all(list(curves[tag]) == [1, 2, 3, 4, 5, 6] for tag in dense.split())
     assert all(list(curves[f"eval/{tag}"]) == [0, 2, 4, 6] for tag in evaluations.split())
-    assert list(curves["sft/loss"]) == list(range(-80, 1, 10))
+    assert list(curves["sft/loss"]) == list(range(-110, 1, 10))
     assert all(math.isfinite(x) for curve in curves.values() for x in curve.values())
     assert max(curves["logp_difference/max"].values()) < 1e-4
     assert sum(curves["updates"].values()) >= 6
@@ -983,7 +983,7 @@ def test_model_without_a_tokenizer_is_named(tmp_path):
     assert "tokenizer" in refusal(train, tmp_path / "runs", model=str(tmp_path / "peer"))
 
 
-class Fives(grpo.Task):
+class Numbers(grpo.Task):
     """Pays for every 5, so that there is something to learn without a warm-up."""
 
     rewards = {"correctness": (lambda completions, **_: [x.count("5") / 8 for x in completions], 1.0)}
@@ -996,12 +996,13 @@ class Fives(grpo.Task):
 
 @pytest.mark.parametrize("advantages", ["grpo", "dr_grpo", "rloo", "softmax"])
 def test_it_learns(advantages, tmp_path, monkeypatch):
-    """A fraction of 1/24 of fives by chance."""
-    rewards = {
-        "correctness": (lambda completions, extract=None, **_: [x.count("5") / 8 for x in completions], 1.0)
-    }
-    monkeypatch.setattr(Fives, "rewards", rewards)
-    monkeypatch.setattr(grpo, "make_task", lambda args: Fives(args.seed))
+    """A fraction of 10/73 of digits by chance."""
+
+    def digits(completions, extract=None, **_):
+        return [sum(map(str.isdigit, completion)) / 8 for completion in completions]
+
+    monkeypatch.setattr(Numbers, "rewards", {"correctness": (digits, 1.0)})
+    monkeypatch.setattr(grpo, "make_task", lambda args: Numbers(args.seed))
     settings = {
         "sft_steps": 0,
         "max_steps": 25,
@@ -1010,7 +1011,7 @@ def test_it_learns(advantages, tmp_path, monkeypatch):
         "num_minibatches": 2,
     }
     curves = curves_of(train(tmp_path, **settings, advantages=advantages, eval_interval=0))
-    assert curves["reward"][1] < 0.15 and curves["reward"][25] > 0.6
+    assert 0.1 < curves["reward"][1] < 0.18 and curves["reward"][25] > 0.6
 
 
 if __name__ == "__main__":  # needs trl
