@@ -983,10 +983,14 @@ def test_model_without_a_tokenizer_is_named(tmp_path):
     assert "tokenizer" in refusal(train, tmp_path / "runs", model=str(tmp_path / "peer"))
 
 
-class Numbers(grpo.Task):
-    """Pays for every 5, so that there is something to learn without a warm-up."""
+def part_of_digits(completions, **_):
+    return [sum(map(str.isdigit, completion)) / 8 for completion in completions]
 
-    rewards = {"correctness": (lambda completions, **_: [x.count("5") / 8 for x in completions], 1.0)}
+
+class Digits(grpo.Task):
+    """Pays for every digit, so that there is something to learn without a warm-up."""
+
+    rewards = {"correctness": (part_of_digits, 1.0)}
     lenient = staticmethod(grpo.last_answer)
     max_completion_length = 8
 
@@ -997,12 +1001,7 @@ class Numbers(grpo.Task):
 @pytest.mark.parametrize("advantages", ["grpo", "dr_grpo", "rloo", "softmax"])
 def test_it_learns(advantages, tmp_path, monkeypatch):
     """A fraction of 10/73 of digits by chance."""
-
-    def digits(completions, extract=None, **_):
-        return [sum(map(str.isdigit, completion)) / 8 for completion in completions]
-
-    monkeypatch.setattr(Numbers, "rewards", {"correctness": (digits, 1.0)})
-    monkeypatch.setattr(grpo, "make_task", lambda args: Numbers(args.seed))
+    monkeypatch.setattr(grpo, "make_task", lambda args: Digits(args.seed))
     settings = {
         "sft_steps": 0,
         "max_steps": 25,
