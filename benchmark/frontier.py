@@ -23,7 +23,8 @@ from benchmark.results import Summary, summarize
 from benchmark.suites import Task
 
 KL = "eval/kl_to_reference"
-BETAS = (3.0, 1.0, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03)
+EDGE = 12  # KL that is drawn at the right edge, as is all beyond it
+BETAS = (3.0, 1.0, 0.6, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.085, 0.07, 0.06, 0.05, 0.04, 0.03)
 BEST_OF = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -116,11 +117,15 @@ def draw(summaries: list[Summary], lines: list[Line], path: Path) -> None:
         for method, color in zip(methods, COLORS[: len(methods)], strict=True):
             mine = [points_of(summary) for summary in summaries if method_of(summary) == method]
             for points in mine:
-                axes.plot(*points.reshape(2, -1), ".", color=color, markersize=3, alpha=0.35)
-            ends = np.array([points[..., -1].mean(1) for points in mine])
-            axes.plot(*ends.T, "o-", color=color, markersize=5, linewidth=1, label=method)
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(left=0)
+                x, y = points.reshape(2, -1)
+                axes.plot(x.clip(0, EDGE), y, ".", color=color, markersize=3, alpha=0.35, clip_on=False)
+            x, y = np.array([points[..., -1].mean(1) for points in mine]).T
+            axes.plot(
+                x.clip(0, EDGE), y, "o-", color=color, markersize=5, linewidth=1, label=method, clip_on=False
+            )
+        axes.set_xscale("function", functions=(np.sqrt, np.square))  # most of it happens below 1
+        axes.set_xlim(0, EDGE)
+        axes.set_xticks([0, 0.1, 0.5, 1, 2, 4, 6, 9, EDGE], [0, 0.1, 0.5, 1, 2, 4, 6, 9, f"{EDGE} or more"])
         axes.set_xlabel("KL(policy, reference), nats per completion")
         axes.set_ylabel("true reward")
         axes.legend(frameon=False, ncols=2, fontsize=8)
