@@ -81,7 +81,7 @@ HEADER = [
 
 EXPLANATION = """\
 Mean ± sample standard deviation over seeds. An evaluation is of the deterministic policy, on Atari of the one
-that is played in training; with a language model it is of greedy completions. The interquartile mean (IQM) is
+that is played in training; with a language model it is what the heading says. The interquartile mean (IQM) is
 that of the final evaluation, its interval a bootstrap over seeds. *Best evaluation of each seed* takes the
 maximum over training seed by seed; *best evaluation of the mean* takes the point of training at which the
 mean over seeds is highest, which is how Tianshou reports. Minutes are those of training, without the
@@ -152,6 +152,8 @@ def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) ->
         images.append(f"![Learning curves, {axis}]({link})\n")
     names = ", ".join(dict.fromkeys(task.training_name for task in tasks))
     header = [names.capitalize() if cell == TRAINING_CELL else cell for cell in HEADER]
+    evaluation = ", ".join(dict.fromkeys(task.evaluation_name for task in tasks))
+    header = [cell.replace("evaluation", evaluation) for cell in header]
     text = table(header, [table_row(summary) for summary in summaries])
     aggregate = aggregates(summaries)
     manifests = [manifest for summary in summaries for manifest in summary.manifests]
