@@ -20,6 +20,7 @@ COLORS = (
     "#e69f00",
     "#56b4e9",
     "#7f7f7f",
+    "#000000",
 )  # told apart by the colour-blind, too
 EVALUATION_COLOR = COLORS[1]
 STYLE = {
@@ -103,14 +104,17 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with rc_context(STYLE):
-        size = (4 * columns + 0.5, 2.8 * rows + 0.7)
+        width = 6.5 if len(panels) == 1 and len(labels) > 2 else 4 * columns + 0.5  # room for the legend
+        size = (width, 2.8 * rows + 0.7)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (environment, tag) in zip(grid.flat, panels, strict=False):
-            axes.set_title(f"{environment}: {tag}" if tag else environment, fontsize=10)
             here = [summary for summary in summaries if summary.task.environment == environment]
+            several = len(labels) > 1  # then the legend has no room for what is drawn
+            shown = tag or (here[0].task.training_name if several else "")
+            axes.set_title(f"{environment}: {shown}" if shown else environment, fontsize=10)
             axes.set_xlabel(unit_of_steps(here[0].task)[1] if axis == "steps" else "minutes")
             for summary in here:
                 color = COLORS[labels.index(summary.task.label) % len(COLORS)]
@@ -118,7 +122,7 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
                     axes.set_yscale("log")
                     draw_curve(axes, summary, axis, *mean_curve(summary, tag), color, summary.task.label)
                 else:
-                    draw_task(axes, summary, axis, color, with_evaluation=len(labels) == 1)
+                    draw_task(axes, summary, axis, color, with_evaluation=not several)
             if tag:
                 continue
             for reference in dict.fromkeys(
@@ -142,7 +146,8 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
         legend = {}  # of all panels: a variant need not be in the first
         for axes in grid.flat:
             legend |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-        columns = max(1, len(legend))
+        letters = max(map(len, legend), default=0) + 8  # with the line before the name
+        columns = max(1, min(len(legend), int(11 * width // letters)))
         figure.legend(legend.values(), legend, loc="outside upper center", ncols=columns, frameon=False)
         save(figure, path)
 
