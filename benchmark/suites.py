@@ -322,11 +322,21 @@ SUITES: dict[str, list[Task]] = {
     ],
     "llm-grpo": [grpo()],
     "llm-grpo-losses": [
-        *(grpo("--loss", loss, *SEVERAL_UPDATES, label=loss) for loss in LOSSES_OF_GRPO),
-        *(
-            grpo("--advantages", kind, *SEVERAL_UPDATES, label=f"dapo, advantages {kind}")
-            for kind in ADVANTAGES_OF_GRPO
-        ),
+        replace(
+            task,
+            training_tag="reward",
+            training_name="reward in training",
+            evaluation_tag="eval/pass@1",
+            evaluation_name="pass@1, sampled",
+            other_tags=("eval/greedy_pass@1", *task.other_tags[1:]),
+        )
+        for task in [
+            *(grpo("--loss", loss, *SEVERAL_UPDATES, label=loss) for loss in LOSSES_OF_GRPO),
+            *(
+                grpo("--advantages", kind, *SEVERAL_UPDATES, label=f"dapo, advantages {kind}")
+                for kind in ADVANTAGES_OF_GRPO
+            ),
+        ]
     ],
     "llm-dpo": [
         dpo(),
