@@ -488,9 +488,8 @@ def test_prompt_and_completion_are_tokens_of_their_own(tmp_path, tokenizer):
 
 
 def test_columns_and_parquet(tmp_path, tokenizer):
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     names = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     rows = [{names[key]: value for key, value in row.items()} for row in PAIRS]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
