@@ -15,7 +15,7 @@ writes afterwards can be measured, which takes two minutes on a CPU. --model tak
 Face instead (Llama, Qwen2, Qwen3 families), --dataset a file of preferences. Look at `eval/true_reward` and
 `eval/kl_to_reference`: `rewards/accuracies` nears 1 whether or not the policy is any good.
 
-    python dpo_llm.py --loss ipo --beta 0.2
+    python dpo_llm.py --loss ipo --beta 2
     python dpo_llm.py --resume runs/reviews__dpo_llm__1__20261120-101500
     torchrun --nproc-per-node 2 dpo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset pairs.jsonl \
         --learning-rate 5e-7
