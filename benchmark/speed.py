@@ -88,6 +88,12 @@ def ppo_atari(threads: int, precision: str) -> Comparison:
     )
 
 
+def beside_trl(ours: list[str], trl: list[str], precision: str) -> dict[str, list[str]]:
+    """Both programs in one precision; bfloat16 is the default of both."""
+    flag = [] if precision == "bfloat16" else ["--no-bf16"]
+    return {"ours": [*ours, *flag], "trl": [*trl, *flag]}
+
+
 def grpo(precision: str) -> Comparison:
     """32 groups of 16 completions of the default model after its warm-up, one update, no reference."""
     ours = ["grpo_llm.py", "--model", "{model}", "--max-completion-length", "38", "--num-minibatches", "1"]
@@ -96,10 +102,7 @@ def grpo(precision: str) -> Comparison:
     return Comparison(
         f"grpo_llm, 32 x 16 completions, {precision}",
         1,
-        {
-            "ours": ours if precision == "bfloat16" else [*ours, "--no-bf16"],
-            "trl": trl if precision == "bfloat16" else [*trl, "--no-bf16"],
-        },
+        beside_trl(ours, trl, precision),
         steps_flag="--max-steps",
         per_step=512,
         prepare=["grpo_llm.py", "--max-steps", "1", "--eval-interval", "0"],
@@ -114,10 +117,7 @@ def dpo(precision: str) -> Comparison:
     return Comparison(
         f"dpo_llm, 64 pairs, {precision}",
         1,
-        {
-            "ours": ours if precision == "bfloat16" else [*ours, "--no-bf16"],
-            "trl": trl if precision == "bfloat16" else [*trl, "--no-bf16"],
-        },
+        beside_trl(ours, trl, precision),
         steps_flag="--max-steps",
         per_step=64,
         prepare=["dpo_llm.py", "--max-steps", "1", "--eval-interval", "0"],
