@@ -122,7 +122,7 @@ class Args:
     """weight of the likelihood of what was chosen, per token; None for 0.1 with --loss dpo, 0 with others"""
     batch_size: int = 64
     """pairs per step over all processes; twice as many completions with --loss kto"""
-    micro_batch_size: int = 64
+    micro_batch_size: int = 128
     """completions per forward and backward pass; changes memory and speed only"""
     learning_rate: float = 5e-4
     """highest step size of AdamW; 5e-7 to 5e-6 for pretrained models"""
@@ -514,6 +514,7 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,  # (B, T)
         positions: torch.Tensor | None = None,  # (B, T); None: 0, 1, ... in each row
         cache: torch.Tensor | None = None,  # (layers, 2, B, key heads, S, D)
+        visible: torch.Tensor | None = None,  # (B, T, S), what each token sees; None: all up to its position
     ) -> torch.Tensor:
         """What the head is applied to (B, T, size); padding at the end of a row changes nothing before it."""
         if positions is None:
@@ -521,8 +522,8 @@ class Transformer(nn.Module):
         slots = torch.arange(tokens.shape[1] if cache is None else cache.shape[-2], device=tokens.device)
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
         rotary = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
-        mask = torch.zeros((*positions.shape, len(slots)), device=tokens.device)
-        mask.masked_fill_(slots > positions[..., None], -math.inf)
+        visible = slots <= positions[..., None] if visible is None else visible
+        mask = torch.zeros(visible.shape, device=tokens.device).masked_fill_(~visible, -math.inf)
         x = self.model["embed_tokens"](tokens)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -887,43 +888,88 @@ def pad(rows: list[list[int]], width: int) -> torch.Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
+class Packed(NamedTuple):
+    """Prompts and completions one after another in rows, filled up at the end."""
+
+    tokens: torch.Tensor  # (R, W)
+    positions: torch.Tensor  # (R, W), of each token in its own sequence
+    visible: torch.Tensor  # (R, W, W), which others each token sees
+    targets: torch.Tensor  # (N,), the tokens of all completions
+    predictors: torch.Tensor  # (N,), where in R W the token before each target stands
+
+
+PACKED_WIDTH = 128  # slots at least; in fewer, more are left empty, in more, attention scores more in vain
+
+
+def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+    """Puts as many sequences into a row as it holds, in their order, so that little is padding.
+
+    Completions of one prompt that follow each other stand after a single copy of it: each of them sees the
+    prompt and itself, at the positions that it would have alone.
+    """
+    W = max(round_up(max(len(x) + len(y) for x, y in zip(prompts, completions))), PACKED_WIDTH)
+    columns = tokens, positions, segments, prompt_segments = [], [], [], []
+    targets, predictors = [], []
+
+    def add(part: list[int], position: int, segment: int, prompt_segment: int) -> None:
+        n = len(part)
+        values = part, range(position, position + n), [segment] * n, [prompt_segment] * n
+        for column, x in zip(columns, values):
+            column.extend(x)
+
+    row_end, start, last = 0, 0, None
+    for prompt, completion in zip(prompts, completions):
+        if len(tokens) + (prompt != last) * len(prompt) + len(completion) > row_end:
+            add([0] * (row_end - len(tokens)), 0, -1, -1)
+            row_end, last = row_end + W, None
+        if prompt != last:
+            start, last = len(tokens), prompt  # a segment is named after its first slot
+            add(prompt, 0, start, start)
+        first = len(tokens)
+        add(completion, len(prompt), first, start)
+        targets += completion
+        predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
+    add([0] * (row_end - len(tokens)), 0, -1, -1)
+    tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
+    keys, queries = segments[:, None], segments[..., None]
+    visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
+    return Packed(tokens, positions, visible, *torch.tensor((targets, predictors), device=device))
+
+
 HEAD_ELEMENTS = 2**25  # logits at a time: 128 MB in float32
 
 
 def completion_log_probs(
-    model: Transformer, tokens: torch.Tensor, starts: torch.Tensor, count: int, temperature: float
+    model: Transformer, prompts: list[list[int]], completions: list[list[int]], temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probabilities (B, count) of tokens (B, T) from `starts` (B,) on; starts + count <= T.
+    """Log-probabilities (B, C) of the tokens of completions after their prompts; 0 past the end of one.
 
-    The head is applied to these positions only, and to a part of them at a time, since for a large vocabulary
-    the logits need more memory than all else.
+    The head is applied where these tokens are predicted only, and to a part of them at a time, since for a
+    large vocabulary the logits need more memory than all else.
     """
-    index = starts[:, None] + torch.arange(count, device=tokens.device)  # (B, count)
-    targets = tokens.gather(1, index).flatten()
-    hidden = model.hidden(tokens)
-    hidden = hidden.gather(1, (index - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    packed = pack(prompts, completions, next(model.parameters()).device)
+    hidden = model.hidden(packed.tokens, packed.positions, visible=packed.visible)
+    hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
     def log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
-    parts = list(zip(hidden.split(size), targets.split(size)))
+    parts = list(zip(hidden.split(size), packed.targets.split(size)))
     if len(parts) == 1:
-        return log_probs(*parts[0]).view(-1, count)
-    return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts]).view(-1, count)
+        flat = log_probs(*parts[0])
+    else:
+        flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
+    lengths = torch.tensor([len(completion) for completion in completions], device=flat.device)
+    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def sequence_log_probs(
     model: Transformer, prompts: list[list[int]], completions: list[list[int]]
 ) -> torch.Tensor:
     """Log-probabilities (B,) of whole completions, each after its prompt."""
-    device = next(model.parameters()).device
-    starts, lengths = (torch.tensor([len(x) for x in rows], device=device) for rows in (prompts, completions))
-    count = round_up(int(lengths.max()))
-    tokens = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    tokens = pad(tokens, int(starts.max()) + count).to(device)
-    log_probs = completion_log_probs(model, tokens, starts, count, 1.0)
-    return (log_probs * (torch.arange(count, device=device) < lengths[:, None])).sum(1)
+    return completion_log_probs(model, prompts, completions).sum(1)
 
 
 @torch.no_grad()
@@ -932,12 +978,10 @@ def all_log_probs(
 ) -> torch.Tensor:
     """Log-probabilities (N,) of whole completions on the CPU; each process computes its part."""
     rank, world = rank_and_world()
-    # Rows of like length together, so that little is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     out = torch.zeros(len(prompts), device=next(model.parameters()).device)
-    for first in range(rank * args.micro_batch_size, len(order), world * args.micro_batch_size):
-        rows = order[first : first + args.micro_batch_size]
-        out[rows] = sequence_log_probs(model, [prompts[i] for i in rows], [completions[i] for i in rows])
+    for first in range(rank * args.micro_batch_size, len(prompts), world * args.micro_batch_size):
+        rows = slice(first, first + args.micro_batch_size)
+        out[rows] = sequence_log_probs(model, prompts[rows], completions[rows])
     return sum_over_ranks(out).cpu()
 
 
@@ -980,6 +1024,10 @@ class Completions(NamedTuple):
     lengths: torch.Tensor  # (P G,), with the token that ends it
     log_probs: torch.Tensor  # (P G, C), of the distribution that was sampled from
     finished: torch.Tensor  # (P G,), False for those that were cut off
+
+    def lists(self) -> list[list[int]]:
+        """The tokens of each row up to its length."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
 
 @torch.no_grad()
@@ -1040,8 +1088,7 @@ def generate(
 
 
 def decode(tokenizer, completions: Completions) -> list[str]:
-    tokens = [row[:n] for row, n in zip(completions.tokens.tolist(), completions.lengths.tolist())]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return tokenizer.batch_decode(completions.lists(), skip_special_tokens=True)
 
 
 # ----------------------------------------------------------------------------- sampling and evaluation
@@ -1143,7 +1190,7 @@ def evaluate(
     prompts, problems = held_out.prompts[rank::world], held_out.problems[rank::world]
     completions = sample(model, prompts, uniforms[rank::world], eos_ids)
     texts = decode(tokenizer, completions)
-    tokens = [row[:n] for row, n in zip(completions.tokens.tolist(), completions.lengths.tolist())]
+    tokens = completions.lists()
     # E[log policy - log reference] over whole completions.
     size = args.micro_batch_size
     by_reference = torch.cat(
@@ -1241,10 +1288,7 @@ def take_step(
     """One step of the optimizer on pairs, or on single rows with KTO; returns metrics."""
     (rank, world), device = rank_and_world(), next(model.parameters()).device
     size = 1 if args.loss == "kto" else 2
-    # Rows of like length together, so that little is padding.
-    lengths = {unit: len(data.prompts[size * unit] + data.completions[size * unit]) for unit in units}
-    mine = sorted(units[rank::world], key=lengths.get)
-    rows = [size * unit + i for unit in mine for i in range(size)]
+    rows = [size * unit + i for unit in units[rank::world] for i in range(size)]
     step = max(args.micro_batch_size // size, 1) * size
     micro_batches = [rows[i : i + step] for i in range(0, len(rows), step)]
     kl = torch.zeros((), device=device)

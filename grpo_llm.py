@@ -774,6 +774,7 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,  # (B, T)
         positions: torch.Tensor | None = None,  # (B, T); None: 0, 1, ... in each row
         cache: torch.Tensor | None = None,  # (layers, 2, B, key heads, S, D)
+        visible: torch.Tensor | None = None,  # (B, T, S), what each token sees; None: all up to its position
     ) -> torch.Tensor:
         """What the head is applied to (B, T, size); padding at the end of a row changes nothing before it."""
         if positions is None:
@@ -781,8 +782,8 @@ class Transformer(nn.Module):
         slots = torch.arange(tokens.shape[1] if cache is None else cache.shape[-2], device=tokens.device)
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
         rotary = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
-        mask = torch.zeros((*positions.shape, len(slots)), device=tokens.device)
-        mask.masked_fill_(slots > positions[..., None], -math.inf)
+        visible = slots <= positions[..., None] if visible is None else visible
+        mask = torch.zeros(visible.shape, device=tokens.device).masked_fill_(~visible, -math.inf)
         x = self.model["embed_tokens"](tokens)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -1022,43 +1023,88 @@ def pad(rows: list[list[int]], width: int) -> torch.Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
+class Packed(NamedTuple):
+    """Prompts and completions one after another in rows, filled up at the end."""
+
+    tokens: torch.Tensor  # (R, W)
+    positions: torch.Tensor  # (R, W), of each token in its own sequence
+    visible: torch.Tensor  # (R, W, W), which others each token sees
+    targets: torch.Tensor  # (N,), the tokens of all completions
+    predictors: torch.Tensor  # (N,), where in R W the token before each target stands
+
+
+PACKED_WIDTH = 128  # slots at least; in fewer, more are left empty, in more, attention scores more in vain
+
+
+def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+    """Puts as many sequences into a row as it holds, in their order, so that little is padding.
+
+    Completions of one prompt that follow each other stand after a single copy of it: each of them sees the
+    prompt and itself, at the positions that it would have alone.
+    """
+    W = max(round_up(max(len(x) + len(y) for x, y in zip(prompts, completions))), PACKED_WIDTH)
+    columns = tokens, positions, segments, prompt_segments = [], [], [], []
+    targets, predictors = [], []
+
+    def add(part: list[int], position: int, segment: int, prompt_segment: int) -> None:
+        n = len(part)
+        values = part, range(position, position + n), [segment] * n, [prompt_segment] * n
+        for column, x in zip(columns, values):
+            column.extend(x)
+
+    row_end, start, last = 0, 0, None
+    for prompt, completion in zip(prompts, completions):
+        if len(tokens) + (prompt != last) * len(prompt) + len(completion) > row_end:
+            add([0] * (row_end - len(tokens)), 0, -1, -1)
+            row_end, last = row_end + W, None
+        if prompt != last:
+            start, last = len(tokens), prompt  # a segment is named after its first slot
+            add(prompt, 0, start, start)
+        first = len(tokens)
+        add(completion, len(prompt), first, start)
+        targets += completion
+        predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
+    add([0] * (row_end - len(tokens)), 0, -1, -1)
+    tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
+    keys, queries = segments[:, None], segments[..., None]
+    visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
+    return Packed(tokens, positions, visible, *torch.tensor((targets, predictors), device=device))
+
+
 HEAD_ELEMENTS = 2**25  # logits at a time: 128 MB in float32
 
 
 def completion_log_probs(
-    model: Transformer, tokens: torch.Tensor, starts: torch.Tensor, count: int, temperature: float
+    model: Transformer, prompts: list[list[int]], completions: list[list[int]], temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probabilities (B, count) of tokens (B, T) from `starts` (B,) on; starts + count <= T.
+    """Log-probabilities (B, C) of the tokens of completions after their prompts; 0 past the end of one.
 
-    The head is applied to these positions only, and to a part of them at a time, since for a large vocabulary
-    the logits need more memory than all else.
+    The head is applied where these tokens are predicted only, and to a part of them at a time, since for a
+    large vocabulary the logits need more memory than all else.
     """
-    index = starts[:, None] + torch.arange(count, device=tokens.device)  # (B, count)
-    targets = tokens.gather(1, index).flatten()
-    hidden = model.hidden(tokens)
-    hidden = hidden.gather(1, (index - 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    packed = pack(prompts, completions, next(model.parameters()).device)
+    hidden = model.hidden(packed.tokens, packed.positions, visible=packed.visible)
+    hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
     def log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
-    parts = list(zip(hidden.split(size), targets.split(size)))
+    parts = list(zip(hidden.split(size), packed.targets.split(size)))
     if len(parts) == 1:
-        return log_probs(*parts[0]).view(-1, count)
-    return torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts]).view(-1, count)
+        flat = log_probs(*parts[0])
+    else:
+        flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
+    lengths = torch.tensor([len(completion) for completion in completions], device=flat.device)
+    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def sequence_log_probs(
     model: Transformer, prompts: list[list[int]], completions: list[list[int]]
 ) -> torch.Tensor:
     """Log-probabilities (B,) of whole completions, each after its prompt."""
-    device = next(model.parameters()).device
-    starts, lengths = (torch.tensor([len(x) for x in rows], device=device) for rows in (prompts, completions))
-    count = round_up(int(lengths.max()))
-    tokens = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    tokens = pad(tokens, int(starts.max()) + count).to(device)
-    log_probs = completion_log_probs(model, tokens, starts, count, 1.0)
-    return (log_probs * (torch.arange(count, device=device) < lengths[:, None])).sum(1)
+    return completion_log_probs(model, prompts, completions).sum(1)
 
 
 # --------------------------------------------------------------------------------------------- sampler
@@ -1071,6 +1117,10 @@ class Completions(NamedTuple):
     lengths: torch.Tensor  # (P G,), with the token that ends it
     log_probs: torch.Tensor  # (P G, C), of the distribution that was sampled from
     finished: torch.Tensor  # (P G,), False for those that were cut off
+
+    def lists(self) -> list[list[int]]:
+        """The tokens of each row up to its length."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
 
 @torch.no_grad()
@@ -1219,8 +1269,7 @@ def collect_rollout(
 
 
 def decode(tokenizer, completions: Completions) -> list[str]:
-    tokens = [row[:n] for row, n in zip(completions.tokens.tolist(), completions.lengths.tolist())]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return tokenizer.batch_decode(completions.lists(), skip_special_tokens=True)
 
 
 EVALUATION_SEED = 1_000_000_000  # added to the seed: other random numbers than those of the training
@@ -1259,7 +1308,7 @@ def evaluate(
         # E[log policy - log reference] over whole completions; one of each prompt is enough.
         one = Completions(*(x[::k] for x in sampled))
         batch = make_batch(prompts, one, torch.zeros(len(part)), args)
-        divergence = (one.log_probs - reference_of(reference, batch, args)[:, :C]) * batch.mask[:, :C]
+        divergence = (one.log_probs - reference_of(reference, batch, args)) * batch.mask
         values = {
             "pass@1": correct.mean(1),
             f"pass@{k}": correct.amax(1),
@@ -1286,11 +1335,10 @@ def evaluate(
 
 @dataclass
 class Batch:
-    """Rows of a prompt and its completion without a gap, filled up at the end; W >= starts + C."""
+    """B completions, and what the loss needs to know of them."""
 
-    tokens: torch.Tensor  # (B, W)
-    starts: torch.Tensor  # (B,) where the completion begins
-    lengths: torch.Tensor  # (B,) of the completion
+    prompts: list[list[int]]
+    completions: list[list[int]]
     mask: torch.Tensor  # (B, C) of the tokens in the loss
     old_log_probs: torch.Tensor  # (B, C) those of the sampler: it is the policy that acted
     advantages: torch.Tensor  # (B,)
@@ -1301,25 +1349,18 @@ def make_batch(
     prompts: list[list[int]], completions: Completions, advantages: torch.Tensor, args: Args
 ) -> Batch:
     """`prompts` for each group of rows in `completions`; advantages (B,)."""
-    device, G = completions.tokens.device, len(completions.tokens) // len(prompts)
-    rows = [prompt for prompt in prompts for _ in range(G)]
-    starts = torch.tensor([len(row) for row in rows], device=device)
-    count = round_up(completions.tokens.shape[1])
-    slots = torch.arange(count, device=device)
-    width = int(starts.max()) + count
-    spread = [F.pad(x, (0, count - x.shape[1])) for x in (completions.tokens, completions.log_probs)]
-    tokens = pad(rows, width).to(device).scatter(1, starts[:, None] + slots, spread[0])
-    mask = slots < completions.lengths[:, None]
+    (B, C), device = completions.tokens.shape, completions.tokens.device
+    mask = torch.arange(C, device=device) < completions.lengths[:, None]
     if args.mask_truncated_completions:
         mask &= completions.finished[:, None]
-    return Batch(tokens, starts, completions.lengths, mask, spread[1], advantages.to(device))
+    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
+    return Batch(rows, completions.lists(), mask, completions.log_probs, advantages.to(device))
 
 
 def log_probs_of(model: Transformer, batch: Batch, rows: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities of the completions of some rows, cut where the longest of them ends."""
-    count = round_up(int(batch.lengths[rows].max()))
-    tokens = batch.tokens[rows, : int(batch.starts[rows].max()) + count]
-    return completion_log_probs(model, tokens, batch.starts[rows], count, temperature)
+    parts = ([x[i] for i in rows.tolist()] for x in (batch.prompts, batch.completions))
+    return completion_log_probs(model, *parts, temperature)
 
 
 @torch.no_grad()
@@ -1344,7 +1385,6 @@ def take_step(
     if sum_over_ranks(kept.sum()) == 0:
         return {}  # not even a step of 0, in which AdamW would still move by its momentum
     rows = rows[kept] if kept.any() else rows[:1]  # one at least, to go along with the other processes
-    rows = rows[batch.lengths[rows].argsort()]  # rows of like length together, so that little is padding
     totals, gaps = {}, []
     for micro in rows.split(args.micro_batch_size):
         log_probs = log_probs_of(model, batch, micro, args.temperature)

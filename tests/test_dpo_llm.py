@@ -693,7 +693,7 @@ def test_sequence_log_probs_are_plain_sums(model):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
         alone = [dpo.sequence_log_probs(model, [x], [y]) for x, y in zip(prompts, completions)]
         torch.testing.assert_close(torch.cat(alone), expected, atol=1e-4, rtol=1e-5)
-        for size in (1, 4, 64):  # sorted by length within, in the order of the rows outside
+        for size in (1, 4, 64):
             args = dpo.Args(micro_batch_size=size)
             again = dpo.all_log_probs(model, prompts, completions, args)
             torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-5)

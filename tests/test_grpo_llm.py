@@ -136,32 +136,70 @@ def model(request) -> grpo.Transformer:
     return grpo.Transformer(config)
 
 
-def test_padding_changes_nothing(model):
-    """Neither how far a row is filled up nor with what, nor what other rows there are."""
-    tokens, starts = random_tokens(4, 30), torch.tensor([3, 9, 5, 1])
-    lengths = torch.tensor([6, 8, 1, 7])
-    log_probs = grpo.completion_log_probs(model, tokens, starts, 8, 0.7)
-    other = tokens.clone()
-    for i in range(4):
-        other[i, starts[i] + lengths[i] :] = random_tokens(30 - starts[i] - lengths[i])
-    other = torch.cat((other, random_tokens(4, 11)), 1)[[2, 0, 3, 1]]
-    again = grpo.completion_log_probs(model, other, starts[[2, 0, 3, 1]], 8, 0.7)[[1, 3, 0, 2]]
-    mask = torch.arange(8) < lengths[:, None]
-    torch.testing.assert_close(again[mask], log_probs[mask], atol=1e-5, rtol=1e-5)
-    full = (model(tokens) / 0.7).log_softmax(-1)
-    for i, (first, count) in enumerate(zip(starts.tolist(), lengths.tolist())):
-        for j in range(first, first + count):
-            assert log_probs[i, j - first].item() == pytest.approx(
-                full[i, j - 1, tokens[i, j]].item(), abs=1e-5
-            )
+def random_groups(count: int = 9, longest: int = 30) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, of which some follow themselves, and a completion of each."""
+    lengths = torch.randint(1, longest, (2, count)).tolist()
+    prompts, completions = ([random_tokens(n).tolist() for n in row] for row in lengths)
+    prompts[1] = prompts[2] = prompts[0]
+    prompts[6] = prompts[5]
+    return prompts, completions
+
+
+@pytest.mark.parametrize("longest", [4, 30, 120])
+def test_log_probs_of_packed_sequences_are_those_of_each_alone(model, longest, monkeypatch):
+    """Values and gradients, with sequences that are short against the width of a row, and longer than it."""
+    monkeypatch.setattr(grpo, "PACKED_WIDTH", 40)
+    prompts, completions = random_groups(longest=longest)
+    weights = torch.randn(9, max(map(len, completions)))
+    expected = torch.zeros_like(weights)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        row = torch.tensor([prompt + completion])
+        log_probs = (model(row)[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected[i, : len(completion)] = log_probs.gather(1, row[0, len(prompt) :, None])[:, 0]
+    found = grpo.completion_log_probs(model, prompts, completions, 0.7)
+    assert not found[expected == 0].any()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    gradients = [torch.autograd.grad((x * weights).sum(), [*model.parameters()]) for x in (found, expected)]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+    order = torch.randperm(9).tolist()
+    again = grpo.completion_log_probs(
+        model, [prompts[i] for i in order], [completions[i] for i in order], 0.7
+    )
+    torch.testing.assert_close(again, expected[order], atol=1e-4, rtol=1e-5)
+
+
+def test_pack_by_hand(monkeypatch):
+    monkeypatch.setattr(grpo, "PACKED_WIDTH", 8)
+    device = torch.device("cpu")
+    prompts, completions = [[9, 8], [9, 8], [9, 8], [7]], [[1, 2], [3], [4, 5, 6, 1], [2]]
+    packed = grpo.pack(prompts, completions, device)
+    assert packed.tokens.tolist() == [[9, 8, 1, 2, 3, 0, 0, 0], [9, 8, 4, 5, 6, 1, 7, 2]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert packed.targets.tolist() == [1, 2, 3, 4, 5, 6, 1, 2]
+    assert packed.predictors.tolist() == [1, 2, 1, 9, 10, 11, 12, 14]
+    sees = [[{i for i in range(8) if query[i]} for query in row] for row in packed.visible]
+    assert sees[0] == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 4}, {5}, {5, 6}, {5, 6, 7}]
+    assert sees[1] == [*({*range(i + 1)} for i in range(6)), {6}, {6, 7}]
+
+
+def test_packed_rows_are_as_few_as_the_lengths_allow():
+    """16 completions of each of 8 prompts, as in training, leave a fifth of the slots empty at most."""
+    prompts = [[i] * 9 for i in range(8) for _ in range(16)]
+    completions = [[0] * n for n in torch.randint(15, 33, (128,)).tolist()]
+    packed = grpo.pack(prompts, completions, torch.device("cpu"))
+    assert packed.tokens.shape[1] == grpo.PACKED_WIDTH
+    needed = sum(map(len, completions)) + 9 * len(packed.tokens)
+    assert needed > 0.8 * packed.tokens.numel()
+    assert grpo.pack([[1] * 100], [[2] * 99], torch.device("cpu")).tokens.shape == (1, 200)
 
 
 def test_chunks_of_the_head_and_checkpointing_change_nothing(model, monkeypatch):
-    tokens, starts = random_tokens(4, 20), torch.tensor([3, 9, 5, 1])
+    groups = random_groups()
 
     def results():
         model.zero_grad()
-        log_probs = grpo.completion_log_probs(model, tokens, starts, 8, 1.3)
+        log_probs = grpo.completion_log_probs(model, *groups, 1.3)
         log_probs.square().sum().backward()
         return [log_probs.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -227,9 +265,8 @@ def test_log_probs_of_sampler_and_trainer_are_equal(model):
         gap = (log_probs - batch.old_log_probs[rows, :count])[batch.mask[rows, :count]]
         assert gap.abs().max() < 1e-5
         for i in (0, 9, 23):
-            prompt, n = prompts[i // 8], out.lengths[i]
-            row = batch.tokens[i, : len(prompt) + n].tolist()
-            assert row == prompt + out.tokens[i, :n].tolist() and not batch.tokens[i, len(row) :].any()
+            assert batch.prompts[i] == prompts[i // 8]
+            assert batch.completions[i] == out.tokens[i, : out.lengths[i]].tolist()
 
 
 def test_frequencies_of_tokens_follow_the_distribution(model):
@@ -489,7 +526,7 @@ def test_micro_batches_change_nothing(model, loss, beta, monkeypatch):
     for size in (24, 5):
         args = grpo.Args(loss=loss, beta=beta, micro_batch_size=size, max_completion_length=13)
         batch = grpo.make_batch(prompts, out, advantages, args)
-        batch.old_log_probs += 0.1 * torch.sin(torch.arange(13 + 3))
+        batch.old_log_probs = batch.old_log_probs + 0.1 * torch.sin(torch.arange(13))
         if beta:
             batch.reference_log_probs = grpo.reference_of(reference, batch, args)
         gradients = []
