@@ -1029,7 +1029,7 @@ class Packed(NamedTuple):
     tokens: torch.Tensor  # (R, W)
     positions: torch.Tensor  # (R, W), of each token in its own sequence
     visible: torch.Tensor  # (R, W, W), which others each token sees
-    targets: torch.Tensor  # (N,), the tokens of all completions
+    targets: torch.Tensor  # (N,), the tokens of all completions, filled up too
     predictors: torch.Tensor  # (N,), where in R W the token before each target stands
 
 
@@ -1064,7 +1064,11 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
         add(completion, len(prompt), first, start)
         targets += completion
         predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
+    # Filled up to numbers that come again, see round_up: groups of rows, and of predictions.
+    row_end = round_up(row_end, max(4 * PACKED_WIDTH // W, 1) * W)
     add([0] * (row_end - len(tokens)), 0, -1, -1)
+    spare = [0] * (round_up(len(targets), 64) - len(targets))
+    targets, predictors = targets + spare, predictors + spare
     tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
     keys, queries = segments[:, None], segments[..., None]
     visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
@@ -1097,7 +1101,7 @@ def completion_log_probs(
         flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
     lengths = torch.tensor([len(completion) for completion in completions], device=flat.device)
     mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # leaves what is over at the end
 
 
 def sequence_log_probs(

@@ -174,24 +174,28 @@ def test_pack_by_hand(monkeypatch):
     device = torch.device("cpu")
     prompts, completions = [[9, 8], [9, 8], [9, 8], [7]], [[1, 2], [3], [4, 5, 6, 1], [2]]
     packed = grpo.pack(prompts, completions, device)
-    assert packed.tokens.tolist() == [[9, 8, 1, 2, 3, 0, 0, 0], [9, 8, 4, 5, 6, 1, 7, 2]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
-    assert packed.targets.tolist() == [1, 2, 3, 4, 5, 6, 1, 2]
-    assert packed.predictors.tolist() == [1, 2, 1, 9, 10, 11, 12, 14]
+    assert packed.tokens[:2].tolist() == [[9, 8, 1, 2, 3, 0, 0, 0], [9, 8, 4, 5, 6, 1, 7, 2]]
+    assert packed.positions[:2].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert packed.targets.tolist() == [1, 2, 3, 4, 5, 6, 1, 2] + [0] * 56
+    assert packed.predictors.tolist() == [1, 2, 1, 9, 10, 11, 12, 14] + [0] * 56
+    # Filled up, to 4 rows and 64 predictions.
+    assert packed.tokens.shape == (4, 8) and not packed.tokens[2:].any()
     sees = [[{i for i in range(8) if query[i]} for query in row] for row in packed.visible]
     assert sees[0] == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 4}, {5}, {5, 6}, {5, 6, 7}]
     assert sees[1] == [*({*range(i + 1)} for i in range(6)), {6}, {6, 7}]
 
 
 def test_packed_rows_are_as_few_as_the_lengths_allow():
-    """16 completions of each of 8 prompts, as in training, leave a fifth of the slots empty at most."""
-    prompts = [[i] * 9 for i in range(8) for _ in range(16)]
-    completions = [[0] * n for n in torch.randint(15, 33, (128,)).tolist()]
-    packed = grpo.pack(prompts, completions, torch.device("cpu"))
-    assert packed.tokens.shape[1] == grpo.PACKED_WIDTH
-    needed = sum(map(len, completions)) + 9 * len(packed.tokens)
-    assert needed > 0.8 * packed.tokens.numel()
-    assert grpo.pack([[1] * 100], [[2] * 99], torch.device("cpu")).tokens.shape == (1, 200)
+    """16 completions of each of 8 prompts, as in training."""
+    prompts = [[2 + i] * 9 for i in range(8) for _ in range(16)]
+    completions = [[1] * n for n in torch.randint(15, 33, (128,)).tolist()]
+    tokens = grpo.pack(prompts, completions, torch.device("cpu")).tokens
+    assert tokens.shape[1] == grpo.PACKED_WIDTH
+    rows = tokens[tokens.any(1)]
+    assert len(tokens) - len(rows) < 4 and (rows == 1).sum() == sum(map(len, completions))
+    assert (rows > 0).float().mean() > 0.85
+    assert (rows > 1).sum() < 9 * (len(rows) + 8)  # a prompt once in a row
+    assert grpo.pack([[1] * 600], [[2] * 99], torch.device("cpu")).tokens.shape == (1, 704)
 
 
 def test_chunks_of_the_head_and_checkpointing_change_nothing(model, monkeypatch):
