@@ -930,7 +930,7 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
         targets += completion
         predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
     # Filled up to numbers that come again, see round_up: groups of rows, and of predictions.
-    row_end = round_up(row_end, max(4 * PACKED_WIDTH // W, 1) * W)
+    row_end = round_up(row_end, max(2 * PACKED_WIDTH // W, 1) * W)
     add([0] * (row_end - len(tokens)), 0, -1, -1)
     spare = [0] * (round_up(len(targets), 64) - len(targets))
     targets, predictors = targets + spare, predictors + spare
