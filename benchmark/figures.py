@@ -36,7 +36,9 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     with Image.open(path) as image:  # a palette makes it a third of the size
-        palette = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        # The default method goes by the number of pixels, and has merged the colours of thin lines.
+        method, dither = Image.Quantize.FASTOCTREE, Image.Dither.NONE
+        palette = image.convert("RGB").quantize(128, method, dither=dither)
     palette.save(path, optimize=True)
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy
+from matplotlib.figure import Figure
+from PIL import Image
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import frontier, speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
-from benchmark.figures import draw_run
+from benchmark.figures import COLORS, draw_run, save
 from benchmark.manifest import available_cores
 from benchmark.report import reference_ratio, write_report
 from benchmark.results import bootstrap_interval, interquartile_mean, summarize
@@ -273,6 +275,23 @@ def test_evaluations_of_iterations_of_different_length(tmp_path: Path) -> None:
     np.testing.assert_allclose(summary.evaluations, [curve[EVALUATION] for curve in seeds])
     write_curve(folder / "seed2.csv", {name: column[:-1] for name, column in seeds[1].items()})
     assert summarize("suite", task, tmp_path).evaluation_steps.tolist() == [0]
+
+
+def test_colours_of_lines_survive_the_palette(tmp_path: Path) -> None:
+    """Eight noisy lines in bands, as in the figure of a suite with eight variants."""
+    figure, rng = Figure(figsize=(6.5, 3.5)), np.random.default_rng(0)
+    axes = figure.subplots()
+    for i, color in enumerate(COLORS):
+        y = 1 - np.exp(-np.arange(50) / 5) + rng.normal(0, 0.02, 50)
+        axes.plot(y, color=color, label=str(i), linewidth=1.2)
+        axes.fill_between(range(50), y - 0.05, y + 0.05, color=color, alpha=0.2)
+    axes.legend(ncols=4)
+    save(figure, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        found = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int), axis=0)
+    for color in COLORS:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(found - wanted).max(1).min() < 8, color
 
 
 def test_several_published_figures_and_a_panel_of_its_own(tmp_path: Path, monkeypatch) -> None:
