@@ -123,7 +123,7 @@ class Args:
     batch_size: int = 64
     """pairs per step over all processes; twice as many completions with --loss kto"""
     micro_batch_size: int = 128
-    """completions per forward and backward pass; changes memory and speed only"""
+    """completions per forward and backward pass, a pair at least; changes memory and speed only"""
     learning_rate: float = 5e-4
     """highest step size of AdamW; 5e-7 to 5e-6 for pretrained models"""
     warmup_steps: int = 10
@@ -399,13 +399,13 @@ def rotary_frequencies(config: dict) -> tuple[torch.Tensor, float]:
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention (B, T, heads, D) of queries q (B, T, heads, D) to keys and values (B, key heads, S, D).
 
-    `mask` (B or 1, T, S) is added to the scores. Queries that share a key (Ainslie et al. 2023) are put one
-    after another. On a CPU written out: there the kernel of PyTorch is slower for small models.
+    Queries that share a key (Ainslie et al. 2023) are put one after another, and so are the rows of `mask`
+    (B or 1, groups T, S), which is added to the scores. On a CPU written out: there the kernel of PyTorch is
+    slower for small models.
     """
     (B, T, heads, D), key_heads = q.shape, keys.shape[1]
     groups = heads // key_heads
     q = q.view(B, T, key_heads, groups, D).permute(0, 2, 3, 1, 4).reshape(B, key_heads, groups * T, D)
-    mask = mask.repeat(1, groups, 1).type_as(q)
     if q.is_cuda:
         out = F.scaled_dot_product_attention(q, keys, values, mask[:, None])
     else:
@@ -445,7 +445,7 @@ class Layer(nn.Module):
         self,
         x: torch.Tensor,  # (B, T, size)
         rotary: tuple[torch.Tensor, torch.Tensor],  # cos and sin (B or 1, T, 1, D / 2)
-        mask: torch.Tensor,  # (B or 1, T, S)
+        mask: torch.Tensor,  # (B or 1, groups T, S)
         cache: torch.Tensor | None = None,  # (2, B, key heads, S, D), written at `positions`
         positions: torch.Tensor | None = None,  # (B or 1, T)
     ) -> torch.Tensor:
@@ -523,7 +523,10 @@ class Transformer(nn.Module):
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
         rotary = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         visible = slots <= positions[..., None] if visible is None else visible
-        mask = torch.zeros(visible.shape, device=tokens.device).masked_fill_(~visible, -math.inf)
+        # One mask for all layers, repeated for the queries that share a key.
+        groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
+        mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
         x = self.model["embed_tokens"](tokens)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -536,12 +539,17 @@ class Transformer(nn.Module):
         """Logits (B, T, vocabulary) of the token after each of tokens (B, T)."""
         return self.lm_head(self.hidden(tokens)).float()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in: bfloat16 under autocast, else the type of the weights."""
+        weight = self.lm_head.weight
+        return torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
-        """Room for the keys and values of all layers; in bfloat16 if that is what they are computed in."""
-        c, weight = self.config, self.lm_head.weight
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        """Room for the keys and values of all layers."""
+        c = self.config
         shape = (c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], slots, c["head_dim"])
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.lm_head.weight.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Transformer":
@@ -697,11 +705,17 @@ class Data:
     labels: list[bool] = dataclasses.field(default_factory=list)  # True for chosen, or desirable
     reference: torch.Tensor | None = None  # (N,) log-probabilities of the completions
     reference_mismatched: torch.Tensor | None = None  # (N,) those after `other_prompt`
+    limit: float = math.inf  # tokens of prompt and completion
 
     def other_prompt(self, row: int) -> list[int]:
-        """The prompt of the next row that has another one, for the estimate of the KL in KTO."""
+        """The prompt of the next row that has another one, with room for the completion; its own if none has.
+
+        For the estimate of the KL in KTO.
+        """
+        room = self.limit - len(self.completions[row])
         others = (self.prompts[(row + i) % len(self.prompts)] for i in range(1, len(self.prompts)))
-        return next((prompt for prompt in others if prompt != self.prompts[row]), self.prompts[row])
+        fitting = (prompt for prompt in others if prompt != self.prompts[row] and len(prompt) <= room)
+        return next(fitting, self.prompts[row])
 
 
 def completions_of(row: dict, args: Args, place: str) -> list[tuple[str | list, str | list, bool]]:
@@ -777,8 +791,8 @@ def load_data(source: str | Path, args: Args, tokenizer, context: int) -> tuple[
             raise SystemExit(f"The tokenizer of {args.model} has no token that ends a text")
     prompts = tokenizer(texts, add_special_tokens=kind is str)["input_ids"]
     completions = [x + ends for x in tokenizer(answers, add_special_tokens=False)["input_ids"]]
-    parts = Data(size == 2), Data(size == 2)
     limit = min(args.max_length or context, context)
+    parts = Data(size == 2, limit=limit), Data(size == 2, limit=limit)
     dropped = {"longer than the limit": 0, "empty": 0, "with chosen equal to rejected": 0}
     for first in range(0, len(flat), size):
         group = range(first, first + size)
@@ -908,36 +922,35 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     prompt and itself, at the positions that it would have alone.
     """
     W = max(round_up(max(len(x) + len(y) for x, y in zip(prompts, completions))), PACKED_WIDTH)
-    columns = tokens, positions, segments, prompt_segments = [], [], [], []
+    columns = [], [], [], []  # of each slot: token, position, segment, segment of its prompt
     targets, predictors = [], []
 
-    def add(part: list[int], position: int, segment: int, prompt_segment: int) -> None:
-        n = len(part)
-        values = part, range(position, position + n), [segment] * n, [prompt_segment] * n
+    def add(tokens: list[int], position: int, segment: int, prompt_segment: int) -> None:
+        n = len(tokens)
+        values = tokens, range(position, position + n), [segment] * n, [prompt_segment] * n
         for column, x in zip(columns, values):
             column.extend(x)
 
-    row_end, start, last = 0, 0, None
+    end, row_end, prompt_start, last = 0, 0, 0, None  # a segment is named after its first slot
     for prompt, completion in zip(prompts, completions):
-        if len(tokens) + (prompt != last) * len(prompt) + len(completion) > row_end:
-            add([0] * (row_end - len(tokens)), 0, -1, -1)
-            row_end, last = row_end + W, None
+        if end + (prompt != last) * len(prompt) + len(completion) > row_end:
+            add([0] * (row_end - end), 0, -1, -1)
+            end, row_end, last = row_end, row_end + W, None
         if prompt != last:
-            start, last = len(tokens), prompt  # a segment is named after its first slot
-            add(prompt, 0, start, start)
-        first = len(tokens)
-        add(completion, len(prompt), first, start)
+            add(prompt, 0, end, end)
+            prompt_start, end, last = end, end + len(prompt), prompt
+        add(completion, len(prompt), end, prompt_start)
         targets += completion
-        predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
-    # Filled up to numbers that come again, see round_up: groups of rows, and of predictions.
-    row_end = round_up(row_end, max(2 * PACKED_WIDTH // W, 1) * W)
-    add([0] * (row_end - len(tokens)), 0, -1, -1)
+        predictors += [prompt_start + len(prompt) - 1, *range(end, end + len(completion) - 1)]
+        end += len(completion)
+    # Filled up to numbers that come again, see round_up: pairs of narrow rows, and predictions.
+    add([0] * (round_up(row_end, 2 * W if W == PACKED_WIDTH else W) - end), 0, -1, -1)
     spare = [0] * (round_up(len(targets), 64) - len(targets))
-    targets, predictors = targets + spare, predictors + spare
+    predicted = torch.tensor((targets + spare, predictors + spare), device=device)
     tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
     keys, queries = segments[:, None], segments[..., None]
     visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
-    return Packed(tokens, positions, visible, *torch.tensor((targets, predictors), device=device))
+    return Packed(tokens, positions, visible, *predicted)
 
 
 HEAD_ELEMENTS = 2**25  # logits at a time: 128 MB in float32
@@ -964,8 +977,9 @@ def completion_log_probs(
         flat = log_probs(*parts[0])
     else:
         flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
-    lengths = torch.tensor([len(completion) for completion in completions], device=flat.device)
-    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
+    lengths = [len(completion) for completion in completions]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask.to(flat.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # leaves what is over at the end
 
 
@@ -992,7 +1006,7 @@ def all_log_probs(
 def add_reference(model: Transformer, data: Data, args: Args) -> None:
     """Log-probabilities of the data by the reference, from the disk if they were computed before."""
     device = next(model.parameters()).device
-    kind = [args.loss == "kto", torch.is_autocast_enabled(device.type), model.config]
+    kind = [args.loss == "kto" and data.limit, torch.is_autocast_enabled(device.type), model.config]
     key = hashlib.sha256(json.dumps(kind).encode())
     for weights in model.state_dict().values():
         key.update(weights.cpu().numpy().tobytes())
@@ -1053,7 +1067,7 @@ def generate(
 
     # Each prompt is read once; its group then goes on from copies of the keys and values.
     cache = model.new_cache(P, width)
-    start = torch.arange(width, device=device).expand(P, -1)
+    start = torch.arange(width, device=device)[None]
     hidden = model.hidden(pad(prompts, width).to(device), start, cache)
     logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
@@ -1129,11 +1143,13 @@ def true_rewards(task: Task, problems: list[dict], completions: list[str]) -> to
     """The reward (rows,) of each completion; what a reward does not ask for goes into its **columns."""
     columns = {name: [problem[name] for problem in problems] for name in problems[0]}
     prompts = columns.pop("prompt")
-    values = [
-        weight * torch.tensor(function(prompts=prompts, completions=completions, **columns))
-        for function, weight in task.rewards.values()
-    ]
-    return sum(values)
+    total = torch.zeros(len(completions))
+    for name, (function, weight) in task.rewards.items():
+        values = torch.tensor(function(prompts=prompts, completions=completions, **columns))
+        if values.shape != total.shape or not values.isfinite().all():
+            raise SystemExit(f"The reward {name} must give one finite number for each completion")
+        total += weight * values
+    return total
 
 
 def sample_pairs(model: Transformer, tokenizer, task: Task, eos_ids: list[int], args: Args) -> list[dict]:
@@ -1657,6 +1673,8 @@ def main(args: Args) -> Path:
     rank, world = rank_and_world()
     if args.batch_size % world:
         raise SystemExit(f"batch_size = {args.batch_size} must be a multiple of {world} processes")
+    if min(args.eval_prompts, args.sft_batch_size) < world:
+        raise SystemExit(f"eval_prompts and sft_batch_size must be at least {world}, one per process")
 
     if args.resume:
         run = Path(args.resume)

@@ -659,13 +659,13 @@ def rotary_frequencies(config: dict) -> tuple[torch.Tensor, float]:
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention (B, T, heads, D) of queries q (B, T, heads, D) to keys and values (B, key heads, S, D).
 
-    `mask` (B or 1, T, S) is added to the scores. Queries that share a key (Ainslie et al. 2023) are put one
-    after another. On a CPU written out: there the kernel of PyTorch is slower for small models.
+    Queries that share a key (Ainslie et al. 2023) are put one after another, and so are the rows of `mask`
+    (B or 1, groups T, S), which is added to the scores. On a CPU written out: there the kernel of PyTorch is
+    slower for small models.
     """
     (B, T, heads, D), key_heads = q.shape, keys.shape[1]
     groups = heads // key_heads
     q = q.view(B, T, key_heads, groups, D).permute(0, 2, 3, 1, 4).reshape(B, key_heads, groups * T, D)
-    mask = mask.repeat(1, groups, 1).type_as(q)
     if q.is_cuda:
         out = F.scaled_dot_product_attention(q, keys, values, mask[:, None])
     else:
@@ -705,7 +705,7 @@ class Layer(nn.Module):
         self,
         x: torch.Tensor,  # (B, T, size)
         rotary: tuple[torch.Tensor, torch.Tensor],  # cos and sin (B or 1, T, 1, D / 2)
-        mask: torch.Tensor,  # (B or 1, T, S)
+        mask: torch.Tensor,  # (B or 1, groups T, S)
         cache: torch.Tensor | None = None,  # (2, B, key heads, S, D), written at `positions`
         positions: torch.Tensor | None = None,  # (B or 1, T)
     ) -> torch.Tensor:
@@ -783,7 +783,10 @@ class Transformer(nn.Module):
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
         rotary = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         visible = slots <= positions[..., None] if visible is None else visible
-        mask = torch.zeros(visible.shape, device=tokens.device).masked_fill_(~visible, -math.inf)
+        # One mask for all layers, repeated for the queries that share a key.
+        groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
+        mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
         x = self.model["embed_tokens"](tokens)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -796,12 +799,17 @@ class Transformer(nn.Module):
         """Logits (B, T, vocabulary) of the token after each of tokens (B, T)."""
         return self.lm_head(self.hidden(tokens)).float()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in: bfloat16 under autocast, else the type of the weights."""
+        weight = self.lm_head.weight
+        return torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
-        """Room for the keys and values of all layers; in bfloat16 if that is what they are computed in."""
-        c, weight = self.config, self.lm_head.weight
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        """Room for the keys and values of all layers."""
+        c = self.config
         shape = (c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], slots, c["head_dim"])
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.lm_head.weight.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Transformer":
@@ -1043,36 +1051,35 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     prompt and itself, at the positions that it would have alone.
     """
     W = max(round_up(max(len(x) + len(y) for x, y in zip(prompts, completions))), PACKED_WIDTH)
-    columns = tokens, positions, segments, prompt_segments = [], [], [], []
+    columns = [], [], [], []  # of each slot: token, position, segment, segment of its prompt
     targets, predictors = [], []
 
-    def add(part: list[int], position: int, segment: int, prompt_segment: int) -> None:
-        n = len(part)
-        values = part, range(position, position + n), [segment] * n, [prompt_segment] * n
+    def add(tokens: list[int], position: int, segment: int, prompt_segment: int) -> None:
+        n = len(tokens)
+        values = tokens, range(position, position + n), [segment] * n, [prompt_segment] * n
         for column, x in zip(columns, values):
             column.extend(x)
 
-    row_end, start, last = 0, 0, None
+    end, row_end, prompt_start, last = 0, 0, 0, None  # a segment is named after its first slot
     for prompt, completion in zip(prompts, completions):
-        if len(tokens) + (prompt != last) * len(prompt) + len(completion) > row_end:
-            add([0] * (row_end - len(tokens)), 0, -1, -1)
-            row_end, last = row_end + W, None
+        if end + (prompt != last) * len(prompt) + len(completion) > row_end:
+            add([0] * (row_end - end), 0, -1, -1)
+            end, row_end, last = row_end, row_end + W, None
         if prompt != last:
-            start, last = len(tokens), prompt  # a segment is named after its first slot
-            add(prompt, 0, start, start)
-        first = len(tokens)
-        add(completion, len(prompt), first, start)
+            add(prompt, 0, end, end)
+            prompt_start, end, last = end, end + len(prompt), prompt
+        add(completion, len(prompt), end, prompt_start)
         targets += completion
-        predictors += [start + len(prompt) - 1, *range(first, len(tokens) - 1)]
-    # Filled up to numbers that come again, see round_up: groups of rows, and of predictions.
-    row_end = round_up(row_end, max(2 * PACKED_WIDTH // W, 1) * W)
-    add([0] * (row_end - len(tokens)), 0, -1, -1)
+        predictors += [prompt_start + len(prompt) - 1, *range(end, end + len(completion) - 1)]
+        end += len(completion)
+    # Filled up to numbers that come again, see round_up: pairs of narrow rows, and predictions.
+    add([0] * (round_up(row_end, 2 * W if W == PACKED_WIDTH else W) - end), 0, -1, -1)
     spare = [0] * (round_up(len(targets), 64) - len(targets))
-    targets, predictors = targets + spare, predictors + spare
+    predicted = torch.tensor((targets + spare, predictors + spare), device=device)
     tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
     keys, queries = segments[:, None], segments[..., None]
     visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
-    return Packed(tokens, positions, visible, *torch.tensor((targets, predictors), device=device))
+    return Packed(tokens, positions, visible, *predicted)
 
 
 HEAD_ELEMENTS = 2**25  # logits at a time: 128 MB in float32
@@ -1099,8 +1106,9 @@ def completion_log_probs(
         flat = log_probs(*parts[0])
     else:
         flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
-    lengths = torch.tensor([len(completion) for completion in completions], device=flat.device)
-    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
+    lengths = [len(completion) for completion in completions]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask.to(flat.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # leaves what is over at the end
 
 
@@ -1146,7 +1154,7 @@ def generate(
 
     # Each prompt is read once; its group then goes on from copies of the keys and values.
     cache = model.new_cache(P, width)
-    start = torch.arange(width, device=device).expand(P, -1)
+    start = torch.arange(width, device=device)[None]
     hidden = model.hidden(pad(prompts, width).to(device), start, cache)
     logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
@@ -1312,7 +1320,7 @@ def evaluate(
         # E[log policy - log reference] over whole completions; one of each prompt is enough.
         one = Completions(*(x[::k] for x in sampled))
         batch = make_batch(prompts, one, torch.zeros(len(part)), args)
-        divergence = (one.log_probs - reference_of(reference, batch, args)) * batch.mask
+        divergence = one.log_probs - reference_of(reference, batch, args)  # both 0 past the end
         values = {
             "pass@1": correct.mean(1),
             f"pass@{k}": correct.amax(1),
@@ -1668,8 +1676,8 @@ def train(args: Args, run: Path, device: torch.device) -> None:
                     updates.append(take_step(model, optimizer, batch, rows, args))
                 if not math.isfinite(updates[-1].get("grad_norm", 0.0)):
                     raise SystemExit(
-                        f"grad_norm is {updates[-1]['grad_norm']} at step {step:,}; look for rewards that "
-                        f"are not finite, or too high a learning rate. {run} keeps the last checkpoint"
+                        f"grad_norm is {updates[-1]['grad_norm']} at step {step:,}; lower --learning-rate. "
+                        f"{run} keeps the last checkpoint"
                     )
 
         # 4. Log, evaluate, save.
@@ -1770,6 +1778,8 @@ def main(args: Args) -> Path:
             f"num_prompts = {args.num_prompts} must be a multiple of {world} processes x "
             f"{args.num_minibatches} minibatches"
         )
+    if args.sft_batch_size < world:
+        raise SystemExit(f"sft_batch_size must be at least {world}, one per process")
     if args.kl == "k1" and args.beta and rank == 0:
         print("Warning: the gradient of k1 is 0 on average, so it holds nothing back; use k2 or k3")
 

@@ -417,6 +417,9 @@ def test_reviews():
     assert all(x[0] == tokenizer.bos_token_id and tokenizer.pad_token_id not in x for x in prompts)
     rewards = dpo.true_rewards(task, train, texts)
     assert all(map(dpo.proper_review, texts)) and 0.35 < rewards.mean() < 0.49 and rewards.std() > 0.2
+    for wrong in ([math.nan] * len(texts), [1.0]):
+        task.rewards = {"mine": (lambda values=wrong, **columns: values, 1.0)}
+        assert "The reward mine must give one finite number" in refusal(dpo.true_rewards, task, train, texts)
 
 
 # -------------------------------------------------------------------------------------------------- data
@@ -661,9 +664,12 @@ def test_chat_templates_that_do_not_serve_are_named(tmp_path, tokenizer):
 
 def test_mismatched_prompts():
     """The next one that differs, round the end; nothing to choose from where all are alike."""
-    data = dpo.Data(True, prompts=[[1], [1], [2], [2], [2], [3]])
+    data = dpo.Data(True, prompts=[[1], [1], [2], [2], [2], [3]], completions=[[7]] * 6)
     assert [data.other_prompt(row) for row in range(6)] == [[2], [2], [3], [3], [3], [1]]
-    assert dpo.Data(True, prompts=[[1], [1]]).other_prompt(0) == [1]
+    assert dpo.Data(True, prompts=[[1], [1]], completions=[[7]] * 2).other_prompt(0) == [1]
+    data = dpo.Data(False, prompts=[[1], [2, 2, 2], [3, 3]], completions=[[7, 7]] * 3, limit=4)
+    assert [data.other_prompt(row) for row in range(3)] == [[3, 3], [3, 3], [1]]  # [2, 2, 2] leaves no room
+    assert dpo.Data(False, prompts=[[1], [2]], completions=[[7]] * 2, limit=1).other_prompt(0) == [1]
 
 
 # ------------------------------------------------------------------------------- log-probabilities, steps
@@ -1350,6 +1356,9 @@ def test_prompts_that_leave_no_room_are_named(peer, tmp_path):
 def test_batch_must_be_divisible_by_the_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(dpo, "rank_and_world", lambda: (0, 3))
     assert "batch_size = 8 must be a multiple of 3 processes" in refusal(train, tmp_path)
+    monkeypatch.setattr(dpo, "rank_and_world", lambda: (0, 4))
+    for few in ({"eval_prompts": 3}, {"sft_batch_size": 3}):
+        assert "must be at least 4, one per process" in refusal(train, tmp_path, **few)
 
 
 # --------------------------------------------------------------------------------------- bad input to runs

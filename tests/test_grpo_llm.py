@@ -299,6 +299,19 @@ def test_masking_of_truncated_completions(model):
     assert torch.equal(batch.mask.sum(1), out.lengths * out.finished)
 
 
+def test_kl_of_an_evaluation_counts_truncated_completions_too():
+    args = grpo.Args(max_completion_length=3, eval_prompts=8, eval_samples=2)
+    (policy, tokenizer, eos_ids), (reference, *_) = grpo.make_model(args), grpo.make_model(args)
+    found = []
+    for masked in (False, True):
+        args.mask_truncated_completions = masked
+        everything = policy, reference, tokenizer, grpo.Arithmetic(1), eos_ids, args
+        metrics, _ = grpo.evaluate(*everything)
+        assert metrics["clipped_ratio"] > 0.5 and metrics["kl_to_reference"] != 0
+        found.append(metrics["kl_to_reference"])
+    assert found[0] == found[1]
+
+
 # ------------------------------------------------------------------------------------- advantages, loss
 
 
