@@ -1026,11 +1026,6 @@ def round_up(x: int, step: int = 8) -> int:
     return -(-x // step) * step
 
 
-def pad(rows: list[list[int]], width: int) -> torch.Tensor:
-    """Rows of tokens as one tensor, filled up with zeros; lengths tell what is padding, not tokens."""
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-
 class Packed(NamedTuple):
     """Prompts and completions one after another in rows, filled up at the end."""
 
@@ -1107,8 +1102,7 @@ def completion_log_probs(
     else:
         flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
     lengths = [len(completion) for completion in completions]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    mask = mask.to(flat.device)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(flat.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # leaves what is over at the end
 
 
@@ -1155,7 +1149,8 @@ def generate(
     # Each prompt is read once; its group then goes on from copies of the keys and values.
     cache = model.new_cache(P, width)
     start = torch.arange(width, device=device)[None]
-    hidden = model.hidden(pad(prompts, width).to(device), start, cache)
+    padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    hidden = model.hidden(padded, start, cache)
     logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
     positions = positions.repeat_interleave(G)
