@@ -5,35 +5,41 @@ GAE(lambda) (Schulman et al. 2016), and takes one step of RMSprop on all of them
 
     maximise  E[ A log pi(a|s) ] - vf_coef E[ (V - R)^2 / 2 ] + ent_coef E[ H(pi) ],
 
-where R = A + V, and neither A nor R is differentiated (Mnih et al. 2016, algorithm S3). With lambda = 1, R is
-the n-step return of that paper: the rewards to the end of the rollout or of the episode, then V. With
-`--asynchronous` workers do this independently of each other on parameters they share (A3C). Otherwise one
-process plays all environments in step (A2C), which is faster on one core, and can be reproduced.
-
-Greedy evaluation after 500k steps: CartPole-v1 500 in 5 of 5 seeds (benchmark/results/classic).
+with R = A + V; neither A nor R is differentiated (Mnih et al. 2016, algorithm S3). With lambda = 1, R is the
+n-step return of that paper: the rewards to the end of the rollout or of the episode, then V. With
+`--asynchronous`, workers do this independently of each other on parameters they share (A3C). Otherwise one
+process plays all environments in step (A2C), which is faster on one core, and reproducible.
 
     python a2c_cartpole.py --env-id Acrobot-v1 --seed 3
     python a2c_cartpole.py --asynchronous --num-workers 4
     python a2c_cartpole.py --resume runs/Acrobot-v1__a2c_cartpole__3__20261120-101500
-    python a2c_cartpole.py --evaluate runs/Acrobot-v1__a2c_cartpole__3__20261120-101500 --capture-video
+
+Greedy evaluation after 500k steps: CartPole-v1 500 in 5 of 5 seeds (benchmark/results/classic). Other than in
+the paper, the gradient is a mean over the steps instead of a sum, scaled down if its norm is large, and the
+rollouts go on over the ends of episodes: batches then have one size, and the learning rate does not depend on
+it. The algorithm comes first. The plumbing follows `work`, and is the same in all scripts.
 """
 
+from __future__ import annotations
+
+import contextlib
 import copy
 import dataclasses
-import inspect
 import json
 import math
 import os
 import random
 import signal
+import sys
 import time
 import warnings
+import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -41,257 +47,57 @@ import threadpoolctl
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn as nn
+import typeguard
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
     # Run
-    env_id: str = "CartPole-v1"
-    """Gymnasium environment with discrete actions; `module:Name-v0` imports the module that registers it"""
-    seed: int = 1
-    """seed of the environments, the networks and the sampling"""
-    total_timesteps: int = 500_000
-    """environment steps, rounded up to whole iterations"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks are trained; auto is the CPU, which is faster for networks of this size"""
-    compile: bool = True
-    """compile the update with torch.compile, training is 1.5 times as fast; eager without a compiler"""
-    log_interval: int = 2_000
-    """environment steps between entries of the log, each with the means over the iterations in between"""
-    checkpoint_interval: int = 50_000
-    """environment steps between checkpoints, which are saved when there is an entry of the log"""
-    eval_interval: int = 50_000
-    """environment steps between evaluations of the greedy policy, at the same moments; 0 for none"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    resume: str | None = None
-    """run directory to resume; its arguments are loaded first"""
-    evaluate: str | None = None
-    """run directory or checkpoint file to evaluate instead of training"""
+    env_id: str = "CartPole-v1"  # of Gymnasium, with discrete actions; module:Name-v0 imports module first
+    seed: int = 1  # seed of the environments, the networks and the sampling
+    total_timesteps: int = 500_000  # environment steps, rounded up to whole iterations
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto is the CPU, faster here
+    compile: bool = True  # compile the update, training is 1.5 times as fast; eager without a compiler
+    log_interval: int = 2_000  # environment steps between points of the curves, means over those steps
+    eval_interval: int = 50_000  # environment steps between evaluations of the greedy policy; 0: none
+    eval_episodes: int = 10  # episodes of an evaluation
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints
+    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
+    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    resume: str | None = None  # run directory to resume; its arguments are loaded first
+    evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
     # Algorithm
-    asynchronous: bool = False
-    """A3C: workers that update shared parameters without locks, eagerly; not reproducible"""
-    num_workers: int = 2
-    """processes of the asynchronous form; divides num_envs"""
-    shared_network: bool = False
-    """one network with two heads for policy and value function, instead of one for each"""
-    num_envs: int = 64
-    """environments played side by side, or divided among the workers"""
-    num_steps: int = 16
-    """steps in each environment per iteration"""
-    learning_rate: float = 1e-2
-    """step size of RMSprop at the start"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over total_timesteps"""
-    rmsprop_alpha: float = 0.99
-    """alpha, in [0, 1): the share of the mean of squared gradients that a step of RMSprop keeps"""
-    rmsprop_eps: float = 1e-5
-    """epsilon of RMSprop, added to that mean under the root"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    gae_lambda: float = 0.95
-    """lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled n-step return"""
-    norm_adv: bool = False
-    """normalise the advantages of each iteration"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """a gradient of a larger norm is scaled down to this one"""
+    asynchronous: bool = False  # A3C: workers update shared parameters without locks; not reproducible
+    num_workers: int = 2  # processes of the asynchronous form; divides num_envs
+    shared_network: bool = False  # one network with two heads for policy and critic, instead of two networks
+    num_envs: int = 64  # environments played side by side, or divided among the workers
+    num_steps: int = 16  # steps in each environment per iteration
+    learning_rate: float = 1e-2  # step size of RMSprop at the start
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 over total_timesteps
+    rmsprop_alpha: float = 0.99  # alpha, in [0, 1): what a step of RMSprop keeps of the mean of squares
+    rmsprop_eps: float = 1e-5  # epsilon of RMSprop, added to that mean under the root
+    gamma: float = 0.99  # discount factor, in [0, 1]
+    gae_lambda: float = 0.95  # lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the n-step return
+    norm_adv: bool = False  # normalise the advantages of each iteration
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # a gradient of a larger norm is scaled down to this one
 
     # Logging
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run directory"""
-    runs: str = "runs"
-    """folder of the run directories"""
-    capture_video: bool = False
-    """record the first episode of each evaluation"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "policy-optimization"
-    """project in Weights & Biases"""
-    wandb_entity: str | None = None
-    """team in Weights & Biases"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the name of the run directory
+    runs: str = "runs"  # folder of the run directories
+    capture_video: bool = False  # record the first episode of each evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "policy-optimization"  # project in Weights & Biases
+    wandb_entity: str | None = None  # team in Weights & Biases
 
     def __post_init__(self) -> None:
-        counts = "total_timesteps num_workers num_envs num_steps log_interval checkpoint_interval"
-        for name in f"{counts} eval_episodes".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "rmsprop_eps", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
-        for name in ("ent_coef", "vf_coef", "eval_interval"):
-            if not getattr(self, name) >= 0:  # not "< 0", which lets NaN through
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.rmsprop_alpha < 1:
-            raise ValueError(f"rmsprop_alpha must lie in [0, 1), got {self.rmsprop_alpha}")
-        if self.asynchronous and self.num_envs % self.num_workers:
-            raise ValueError(f"num_workers = {self.num_workers} must divide num_envs = {self.num_envs}")
-        if self.asynchronous and self.device in ("cuda", "mps"):
-            raise ValueError(f"the workers of the asynchronous form run on the CPU, not on {self.device}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-        if self.resume and self.evaluate:
-            raise ValueError("resume and evaluate exclude each other")
-
-
-# What may differ when a run is resumed; with anything else it would be another run.
-MAY_CHANGE = "resume total_timesteps device capture_video track wandb_project_name wandb_entity".split()
-
-
-def parse_args(arguments: list[str] | None = None) -> Args:
-    """The command line (or `arguments`); with --resume it is read on top of the arguments of that run."""
-    args = tyro.cli(Args, args=arguments)
-    if not args.resume:
-        return args
-    path = Path(args.resume) / "args.json"
-    try:
-        saved = Args(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"Cannot resume {args.resume}, {path} is not there or not of this script: {error}")
-    args = tyro.cli(Args, args=arguments, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            raise SystemExit(
-                f"--resume cannot change {name} from {value} to {getattr(args, name)}, "
-                f"only {', '.join(MAY_CHANGE)}"
-            )
-    return args
-
-
-# ---------------------------------------------------------------------------------------- environments
-
-
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """An environment with flat observations and discrete actions, or SystemExit with a sentence."""
-    try:
-        keywords = {"render_mode": render_mode} if render_mode else {}
-        env = gym.make(env_id, disable_env_checker=True, **keywords)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        raise SystemExit(f"Cannot make the environment {env_id}: {error}")
-    if not isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        raise SystemExit(
-            f"{env_id} has {env.action_space} actions, and this script needs Discrete or MultiDiscrete ones: "
-            "ppo_continuous.py is for a Box of actions"
-        )
-    if not env.observation_space.is_np_flattenable:
-        raise SystemExit(f"{env_id} has {env.observation_space} observations, which cannot be flattened")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if render_mode:
-        try:
-            env.reset()
-            env.render()
-        except Exception as error:
-            raise SystemExit(f"Cannot record {env_id}, it does not render here ({error})")
-    return env
-
-
-def make_vector_env(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
-    """N environments; an episode that ended in one step is reset in the next one, which ignores the action.
-
-    Gymnasium's own vectorised form of an environment steps all of them at once; without one they are stepped
-    in turn.
-    """
-    spec = make_env(env_id).spec
-    if spec.vector_entry_point and not spec.additional_wrappers:  # such as one that flattens observations
-        envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
-        if envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP:
-            return envs
-    make = [lambda: make_env(env_id)] * num_envs
-    return gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-
-
-def action_layout(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[list[int], list[int]]:
-    """The number of choices of each action component, and its smallest value; Discrete has one component."""
-    if isinstance(space, gym.spaces.Discrete):
-        return [int(space.n)], [int(space.start)]
-    return space.nvec.flatten().tolist(), space.start.flatten().tolist()
-
-
-def wrapper_layers(env: gym.Env) -> list[gym.Env]:
-    """The environment with its wrappers, outermost first."""
-    layers = [env]
-    while isinstance(layers[-1], gym.Wrapper):
-        layers.append(layers[-1].env)
-    return layers
-
-
-def is_plain(x) -> bool:
-    """Whether a checkpoint can hold x: a number, string or None, an array or a container of such.
-
-    By exact type: loading refuses subclasses, which may hide code.
-    """
-    if isinstance(x, np.ndarray | np.generic):
-        return x.dtype.kind in "biuf"
-    values = [*x, *x.values()] if type(x) is dict else x if type(x) in (list, tuple) else [x]
-    return all(type(value) in (bool, int, float, str, type(None)) for value in values)
-
-
-# What an environment never changes, or what is saved in another way, by type and by name.
-NOT_STATE = (gym.Env, gym.Space, gym.envs.registration.EnvSpec, np.random.Generator, type)
-NOT_STATE_NAMES = ("metadata", "_ezpickle_args")
-
-
-def get_env_state(env: gym.Env) -> dict | None:
-    """All that decides how an environment goes on; None where that cannot be read.
-
-    That is its generator and the plain attributes of it and its wrappers: elapsed steps, and the whole state
-    of Gymnasium's classic control.
-    """
-    core = env.unwrapped
-    if not isinstance(core.np_random, np.random.Generator):
-        return None
-    state = {"generator": core.np_random.bit_generator.state, "layers": []}
-    for layer in wrapper_layers(env):
-        attributes = {}
-        for name, x in vars(layer).items():
-            if type(x) is tuple:  # MountainCar has np.float64 in one, a subclass of float
-                x = tuple(float(value) if isinstance(value, float) else value for value in x)
-            if is_plain(x):
-                attributes[name] = torch.tensor(x) if isinstance(x, np.ndarray | np.generic) else x
-            elif not (isinstance(x, NOT_STATE) or name in NOT_STATE_NAMES or inspect.isroutine(x)):
-                return None
-        state["layers"].append(attributes)
-    return state
-
-
-def set_env_state(env: gym.Env, state: dict) -> None:
-    """Brings an environment that has been reset to the state that `get_env_state` returned."""
-    env.unwrapped.np_random.bit_generator.state = state["generator"]
-    for layer, attributes in zip(wrapper_layers(env), state["layers"], strict=True):
-        for name, x in attributes.items():
-            setattr(layer, name, x.numpy()[()] if isinstance(x, torch.Tensor) else x)  # [()]: 0-d to scalar
-
-
-def get_vector_state(envs: gym.vector.VectorEnv) -> dict | None:
-    """All that decides how the environments go on; None where that cannot be read."""
-    if not isinstance(envs, gym.vector.SyncVectorEnv):
-        return get_env_state(envs)  # one generator and plain arrays, like one environment
-    states = [get_env_state(env) for env in envs.envs]
-    if None in states:
-        return None
-    return {"envs": states, "reset_next": torch.tensor(envs._autoreset_envs)}
-
-
-def set_vector_state(envs: gym.vector.VectorEnv, state: dict) -> None:
-    """Brings environments that have been reset to the state that `get_vector_state` returned."""
-    if not isinstance(envs, gym.vector.SyncVectorEnv):
-        return set_env_state(envs, state)
-    for env, env_state in zip(envs.envs, state["envs"], strict=True):
-        set_env_state(env, env_state)
-    envs._autoreset_envs[:] = state["reset_next"].numpy()
+        self.batch_size = self.num_envs * self.num_steps  # transitions per iteration
+        check(self)
 
 
 # ----------------------------------------------------------------------------------------------- agent
@@ -311,17 +117,11 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
 class Agent(nn.Module):
     """Categorical policy and value function.
 
-    An action has K components (1 for Discrete) with up to n choices each, counted from 0; in a component that
-    has fewer, the others are masked out.
+    An action has K components (1 for Discrete) with up to n choices each, counted from 0. A component with
+    fewer choices has the missing ones masked.
     """
 
-    def __init__(
-        self,
-        observation_size: int,
-        action_sizes: list[int],
-        shared: bool = False,
-        action_start: list[int] | None = None,
-    ):
+    def __init__(self, observation_size: int, action_sizes: list[int], shared=False, action_start=None):
         super().__init__()
         choices = max(action_sizes)
         self.actor = mlp([observation_size, 64, 64, len(action_sizes) * choices], output_gain=0.01)
@@ -332,87 +132,39 @@ class Agent(nn.Module):
         self.register_buffer("mask", torch.where(missing, -1e9, 0.0))  # finite: 0 x inf would be NaN
         self.register_buffer("action_start", torch.tensor(action_start or [0] * len(action_sizes)))
 
-    def logits(self, observations: torch.Tensor) -> torch.Tensor:
+    def logits(self, observations: Tensor) -> Tensor:
         """Unnormalised log-probabilities (..., K, n) of the choices at observations (..., D)."""
         return self.actor(observations).unflatten(-1, self.mask.shape) + self.mask
 
-    def value(self, observations: torch.Tensor) -> torch.Tensor:
+    def value(self, observations: Tensor) -> Tensor:
         """V (...) of observations (..., D)."""
         return self.critic(observations).squeeze(-1)
 
     @classmethod
-    def load(cls, run: str | Path) -> "Agent":
+    def load(cls, run: str | Path) -> Agent:
         """The agent of a run directory or a checkpoint file, on the CPU."""
         checkpoint = load_checkpoint(run)
-        state = checkpoint["agent"]
-        action_sizes = (state["mask"] == 0).sum(1).tolist()
-        agent = cls(state["actor.0.weight"].shape[1], action_sizes, checkpoint["args"]["shared_network"])
+        state, shared = checkpoint["agent"], checkpoint["args"]["shared_network"]
+        agent = cls(state["actor.0.weight"].shape[1], (state["mask"] == 0).sum(1).tolist(), shared)
         agent.load_state_dict(state)
         return agent
 
 
-class FrozenPolicy:
-    """The policy of this moment in NumPy, which has a fraction of the overhead of PyTorch for a few rows.
-
-    The network is read off `agent.actor`. One with other layers than Linear and Tanh is left to PyTorch: then
-    it is the live module that is called, not a copy.
-    """
-
-    def __init__(self, agent: Agent):
-        def array(tensor: torch.Tensor) -> np.ndarray:
-            return tensor.detach().cpu().numpy().copy()
-
-        self.mask, self.action_start = array(agent.mask), array(agent.action_start)
-        self.actor, self.device = agent.actor, agent.mask.device
-        layers = agent.actor if type(agent.actor) is nn.Sequential else [agent.actor]
-        self.layers = []  # (weight, bias) of a Linear, None for a Tanh; empty: left to PyTorch
-        if all(type(layer) in (nn.Linear, nn.Tanh) for layer in layers):
-            for layer in layers:
-                bias = 0 if getattr(layer, "bias", None) is None else array(layer.bias)
-                self.layers.append(None if type(layer) is nn.Tanh else (array(layer.weight).T, bias))
-
-    def logits(self, observations: np.ndarray) -> np.ndarray:
-        """Unnormalised log-probabilities (N, K, n) at observations (N, D) of the environment."""
-        x = observations.astype(np.float32)
-        if self.layers:
-            for layer in self.layers:
-                x = np.tanh(x) if layer is None else x @ layer[0] + layer[1]
-        else:
-            with torch.inference_mode():
-                x = self.actor(torch.as_tensor(x, device=self.device)).cpu().numpy()
-        return x.reshape(-1, *self.mask.shape) + self.mask
-
-    def to_environment(self, actions: np.ndarray) -> np.ndarray:
-        """Choices (..., K), counted from 0, as the environment numbers them."""
-        return actions + self.action_start
+def make_agent(args: Args) -> Agent:
+    """A new agent for the environment."""
+    env = make_env(args.env_id)
+    env.close()
+    action_sizes, action_start = action_layout(env.action_space)
+    return Agent(env.observation_space.shape[0], action_sizes, args.shared_network, action_start)
 
 
-# -------------------------------------------------------------------------------------- pure functions
-
-
-def discounted_sum(x: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """y of y[t] = x[t] + decay[t] y[t + 1] along the first dimension, where y = 0 past the end.
-
-    By doubling (Hillis and Steele 1986): before pass k = 0, 1, ..., x[t] holds the terms t to t + 2^k - 1 of
-    y[t]. So ceil(log2 T) passes over whole tensors replace a loop over T rows.
-    """
-    shift = 1
-    while shift < len(x):
-        x = torch.cat((x[:-shift] + decay[:-shift] * x[shift:], x[-shift:]))
-        decay = torch.cat((decay[:-shift] * decay[shift:], decay[-shift:]))
-        shift *= 2
-    return x
+# ------------------------------------------------------------------------------------------- equations
 
 
 def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    next_values: torch.Tensor,
-    terminated: torch.Tensor,
-    done: torch.Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor,
+    gamma: float, gae_lambda: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantages and value targets (T, N) by GAE (Schulman et al. 2016, equation 16); all inputs (T, N).
 
     `next_values[t]` is V of the observation after step t, the final one where the episode ended there.
@@ -423,85 +175,84 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def categorical_log_prob(logits: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+def categorical_log_prob(logits: Tensor, actions: Tensor) -> Tensor:
     """Log-probability (...) of actions (..., K) under logits (..., K, n), summed over the components."""
     return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
-def categorical_entropy(logits: torch.Tensor) -> torch.Tensor:
+def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy (...), in nats, of logits (..., K, n), summed over the components."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum((-2, -1))
 
 
-def masked_mean(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Mean, a scalar, of the x (...) where valid (...); 0 if there are none."""
-    return torch.where(valid, x, 0).sum() / valid.sum().clamp(min=1)
-
-
-# ----------------------------------------------------------------------------------------- optimisation
-
-
 class RMSprop:
     """RMSprop without momentum (Mnih et al. 2016, equations S2 and S3), epsilon inside the root.
 
-    torch.optim adds epsilon to the root instead, where 1e-5 hardly matters; inside, it weighs as much as
-    gradients of 0.003, and keeps the steps small where gradients are smaller than that. And its step breaks a
-    compiled graph; this one is traced into one graph with the loss and its gradient.
+    torch.optim adds epsilon to the root instead, where 1e-5 hardly matters. Inside, it weighs as much as
+    gradients of 0.003, and keeps the steps small where gradients are smaller. The step of torch.optim also
+    breaks a compiled graph; this one is traced into one graph with the loss and its gradient.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, alpha: float, eps: float):
         self.parameters = list(parameters)
         self.alpha, self.eps = alpha, eps
-        # A tensor, since each new number would compile the update anew.
+        # A tensor, because each new number would compile the update anew.
         self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.mean_squares = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, gradients: list[torch.Tensor]) -> None:
+    def step(self, gradients: list[Tensor]) -> None:
         """Moves the parameters by one step, given their gradients."""
         for p, gradient, mean_square in zip(self.parameters, gradients, self.mean_squares):
             mean_square.lerp_(gradient.square(), 1 - self.alpha)
             p -= self.learning_rate * gradient / (mean_square + self.eps).sqrt()
 
-    def state(self) -> list[torch.Tensor]:
-        """The tensors of the state, to be saved and to be copied to."""
-        return [self.learning_rate, *self.mean_squares]
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The tensors of the state themselves, not copies."""
+        return {"learning_rate": [self.learning_rate], "mean_squares": self.mean_squares}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Copies a state into these tensors, which a compiled update refers to."""
+        for name, tensors in self.state_dict().items():
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                tensor.copy_(saved)
+
+
+class Batch(NamedTuple):
+    """T steps in each of N environments, as tensors, with the observation that follows."""
+
+    observations: Tensor  # (T + 1, N, D)
+    actions: Tensor  # (T, N, K), choices counted from 0
+    rewards: Tensor  # (T, N)
+    terminated: Tensor  # (T, N)
+    done: Tensor  # (T, N), terminated or truncated
+    final_values: Tensor  # (T, N), V of the final observation where a time limit ended the episode
 
 
 METRICS = ("policy_loss", "value_loss", "entropy", "grad_norm", "explained_variance")
 
 
 def compute_gradients(
-    agent: Agent,
-    args: Args,
-    observations: torch.Tensor,  # (T + 1, N, D)
-    actions: torch.Tensor,  # (T, N, K)
-    rewards: torch.Tensor,  # (T, N), as are the next ones
-    terminated: torch.Tensor,
-    done: torch.Tensor,
-    valid: torch.Tensor,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Gradients of the loss on one rollout, scaled down to max_grad_norm, and METRICS as a tensor."""
-    all_values = agent.value(observations)
+    agent: Agent, args: Args, batch: Batch, coefficients: dict[str, Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the loss, scaled down to max_grad_norm, and METRICS as a tensor."""
+    all_values = agent.value(batch.observations)
     values = all_values[:-1]
     with torch.no_grad():
-        # The observation after step t is the one before step t + 1, also where an episode ended: step t + 1
-        # then only resets. What that step adds to the sums, done[t] keeps from flowing back.
+        next_values = torch.where(batch.done, batch.final_values, all_values[1:])
         advantages, returns = compute_gae(
-            rewards, values, all_values[1:], terminated, done, args.gamma, args.gae_lambda
+            batch.rewards, values, next_values, batch.terminated, batch.done, args.gamma, args.gae_lambda
         )
-        errors, centered = returns - values, returns - masked_mean(returns, valid)
-        error_variance = masked_mean((errors - masked_mean(errors, valid)).square(), valid)
-        explained_variance = 1 - error_variance / masked_mean(centered.square(), valid).clamp(min=1e-8)
+        errors = (returns - values).var(correction=0)
+        explained_variance = 1 - errors / returns.var(correction=0).clamp(min=1e-8)
         if args.norm_adv:
-            advantages = advantages - masked_mean(advantages, valid)
-            advantages = advantages / (masked_mean(advantages.square(), valid).sqrt() + 1e-8)
-    logits = agent.logits(observations[:-1])
-    policy_loss = -masked_mean(categorical_log_prob(logits, actions) * advantages, valid)
-    value_loss = 0.5 * masked_mean((values - returns).square(), valid)
-    entropy = masked_mean(categorical_entropy(logits), valid)
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+            advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    logits = agent.logits(batch.observations[:-1])
+    policy_loss = -(categorical_log_prob(logits, batch.actions) * advantages).mean()
+    value_loss = 0.5 * (values - returns).square().mean()
+    entropy = categorical_entropy(logits).mean()
+    loss = policy_loss + coefficients["value"] * value_loss - coefficients["entropy"] * entropy
 
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     with torch.no_grad():
@@ -511,77 +262,507 @@ def compute_gradients(
         return [scale * gradient for gradient in gradients], metrics
 
 
-def make_update(agent: Agent, optimizer: RMSprop, args: Args) -> Callable[..., torch.Tensor]:
-    """The function that takes one step on one rollout and returns METRICS as a tensor."""
+def make_update(agent: Agent, optimizer: RMSprop, args: Args) -> Callable[..., Tensor]:
+    """The function that takes one step on one batch and returns METRICS as a tensor."""
 
-    def update(*rollout: torch.Tensor) -> torch.Tensor:
-        gradients, metrics = compute_gradients(agent, args, *rollout)
+    def update(batch: Batch, coefficients: dict[str, Tensor]) -> Tensor:
+        gradients, metrics = compute_gradients(agent, args, batch, coefficients)
         optimizer.step(gradients)
         return metrics
 
     return compile_update(update, optimizer.learning_rate.device) if args.compile else update
 
 
-def compile_update(update: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """The update compiled into one graph, or as it is where there is no compiler."""
+def make_coefficients(args: Args, device: str | torch.device) -> dict[str, Tensor]:
+    """Weights of the loss. They may be scheduled: as tensors, they do not compile the update anew."""
+    coefficients = {"value": args.vf_coef, "entropy": args.ent_coef}
+    return {name: torch.tensor(float(x), device=device) for name, x in coefficients.items()}
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+def collect_rollout(envs: Environments, agent: Agent, num_steps: int) -> Batch:
+    """Plays T = num_steps steps in each environment."""
+    policy, device = FrozenPolicy(agent), agent.mask.device
+    # The largest of logits + noise is a sample of their distribution, if the noise is -log of an exponential
+    # variable: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
+    noise = -torch.empty(num_steps, len(envs), *policy.mask.shape).exponential_().log().numpy()
+    observations, steps = [envs.observations], []
+    for t in range(num_steps):
+        actions = (policy.logits(observations[t]) + noise[t]).argmax(-1)
+        steps.append((actions, *envs.step(policy.to_environment(actions))))
+        observations.append(envs.observations)
+    observations = np.array(observations, np.float32)
+    actions, next_observations, rewards, terminated, done = map(np.array, zip(*steps))  # faster than np.stack
+    final_values, truncated = np.zeros_like(rewards), done & ~terminated
+    if truncated.any():  # rare, and so cheaper than a second pass of the critic over all steps
+        final_observations = torch.from_numpy(next_observations[truncated]).float().to(device)
+        with torch.no_grad():
+            final_values[truncated] = agent.value(final_observations).cpu()
+    arrays = observations, actions, rewards, terminated, done, final_values
+    return Batch(*(torch.from_numpy(x).to(device) for x in arrays))
+
+
+def train(args: Args, run: Run) -> None:
+    """A2C: one process plays all environments with the same policy, and then takes one step."""
+    if args.asynchronous:
+        return train_asynchronous(args, run)
+    device = torch.device("cpu" if args.device == "auto" else args.device)
+    envs = make_environments(args.env_id, args.num_envs)
+    agent = make_agent(args).to(device)
+    optimizer = RMSprop(agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+    totals, count = torch.zeros(len(METRICS), device=device), torch.zeros(())  # since the last point
+    run.start(agent=agent, envs=envs, optimizer=optimizer, totals=totals, count=count)
+    update = make_update(agent, optimizer, args)
+
+    for progress in run.iterations(args.batch_size):
+        if args.anneal_lr:
+            optimizer.learning_rate.fill_(args.learning_rate * (1 - progress))
+        coefficients = make_coefficients(args, device)
+        totals += update(collect_rollout(envs, agent, args.num_steps), coefficients)
+        count += 1
+        if run.due(args.log_interval) or run.step >= args.total_timesteps:
+            losses = {f"losses/{name}": x for name, x in zip(METRICS, totals / count)}
+            run.log(losses | {"charts/learning_rate": optimizer.learning_rate} | envs.statistics())
+            totals.zero_()
+            count.zero_()
+
+
+# What a worker counts, each in its own row of a shared tensor: nothing there needs a lock.
+COUNTS = ("steps", "iterations", "episodes", "returns", "lengths", *METRICS)
+
+
+def train_asynchronous(args: Args, run: Run) -> None:
+    """A3C (Mnih et al. 2016, algorithm S3): `work` in several processes; this one logs what they do."""
+    agent = make_agent(args)
+    optimizer = RMSprop(agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+    run.start(agent=agent, optimizer=optimizer)
+    # The workers update copies at any time; these two stand still while they are evaluated and saved.
+    shared_agent, shared_optimizer = copy.deepcopy((agent, optimizer))
+    episodes = {}
+    with Workers(args, run, shared_agent, shared_optimizer) as workers:
+        for _ in run.iterations():
+            sums = workers.wait()
+            agent.load_state_dict(shared_agent.state_dict())
+            optimizer.load_state_dict(shared_optimizer.state_dict())
+            if sums["episodes"]:  # otherwise the means of before
+                means = sums["returns"] / sums["episodes"], sums["lengths"] / sums["episodes"]
+                episodes = dict(zip(("charts/episodic_return", "charts/episodic_length"), means))
+            if sums["iterations"]:
+                losses = {f"losses/{name}": sums[name] / sums["iterations"] for name in METRICS}
+                run.log(losses | {"charts/learning_rate": optimizer.learning_rate} | episodes)
+
+
+def work(
+    index: int, seed: int, args: Args, shared: Agent, optimizer: RMSprop, counts: Tensor, first_step: int
+) -> None:
+    """One worker: plays with a copy of the shared parameters, and updates them with the gradient of that."""
+    prepare(args)
+    torch.manual_seed(seed)
+    envs = make_environments(args.env_id, args.num_envs // args.num_workers)
+    agent, coefficients = copy.deepcopy(shared), make_coefficients(args, "cpu")
+    parent = multiprocessing.parent_process()
+    while (step := first_step + counts[:, 0].sum().item()) < args.total_timesteps and parent.is_alive():
+        agent.load_state_dict(shared.state_dict())
+        batch = collect_rollout(envs, agent, args.num_steps)
+        gradients, metrics = compute_gradients(agent, args, batch, coefficients)
+        if args.anneal_lr:
+            optimizer.learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
+        optimizer.step(gradients)
+        returns, lengths = np.sum(envs.finished, axis=0) if envs.finished else (0, 0)
+        row = args.num_steps * len(envs), 1, len(envs.finished), returns, lengths, *metrics.tolist()
+        counts[index] += torch.tensor(row, dtype=counts.dtype)
+        envs.finished.clear()
+
+
+# ======================================================================================================
+# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
+
+LIMITS = {  # the interval that flags have to lie in
+    "[1, inf)": """total_timesteps num_workers num_envs num_steps log_interval eval_episodes
+                   checkpoint_interval""",
+    "[0, inf)": "eval_interval ent_coef vf_coef",
+    "(0, inf)": "learning_rate rmsprop_eps max_grad_norm checkpoint_minutes",
+    "[0, 1]": "gamma gae_lambda",
+    "[0, 1)": "rmsprop_alpha",
+    "[0, 4294967296)": "seed",
+}
+
+
+def check(args: Args) -> None:
+    """Raises ValueError, with a sentence, for flags that cannot work."""
+    check_limits(args)
+    if args.asynchronous and args.num_envs % args.num_workers:
+        raise ValueError(f"num_workers = {args.num_workers} must divide num_envs = {args.num_envs}")
+    if args.asynchronous and args.device in ("cuda", "mps"):
+        raise ValueError(f"the workers of the asynchronous form run on the CPU, not on {args.device}")
+
+
+def check_limits(args: Args) -> None:
+    """Raises ValueError for a flag outside of LIMITS; None lies in all of them."""
+    for interval, names in LIMITS.items():
+        low, high = map(float, interval[1:-1].split(", "))
+        for name in names.split():
+            value = getattr(args, name)
+            on_bound = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+            if value is not None and not (low < value < high or on_bound):  # NaN is in no interval
+                raise ValueError(f"{name} must lie in {interval}, got {value}")
+    if sum(x is not None for x in (args.resume, args.evaluate, args.run_name)) > 1:
+        raise ValueError("resume, evaluate and run_name exclude each other")
+
+
+# ------------------------------------------------------------------------------------------- numerics
+
+
+def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
+    """y with y[t] = x[t] + decay[t] y[t + 1] along the first dimension, and y = 0 past the end.
+
+    It computes the same as this loop over T rows,
+
+        y = x.clone()
+        for t in reversed(range(len(x) - 1)):
+            y[t] += decay[t] * y[t + 1]
+
+    in ceil(log2 T) passes over whole tensors, by doubling (Hillis and Steele 1986): before pass k = 0, 1, ...
+    x[t] holds the terms t to t + 2^k - 1 of y[t].
+    """
+    shift = 1
+    while shift < len(x):
+        x = torch.cat((x[:-shift] + decay[:-shift] * x[shift:], x[-shift:]))
+        decay = torch.cat((decay[:-shift] * decay[shift:], decay[-shift:]))
+        shift *= 2
+    return x
+
+
+def compile_update(update: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The update compiled into one graph, or the update itself if there is no compiler."""
+    from torch._inductor.compile_fx import compile_fx  # not above: it takes a second
+
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
     # Calls from kernel to kernel in C++ instead of Python, and without their checks: a quarter faster.
     options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
     options = options if device.type == "cpu" else {}
-    try:
-        torch.compile(lambda x: x + 1, options=options)(torch.zeros(8, device=device))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:150]
-        print(f"torch.compile does not work here, the update runs eagerly, several times slower: {reason}")
-        return update
-    return torch.compile(update, dynamic=False, options=options)
+    compilations = 0
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        nonlocal compilations
+        compilations += 1
+        if compilations == 1:
+            say("Compiling the update, about 30 s, or a few if it is in the cache")
+        elif compilations == 4:
+            say("The update is compiled again and again, as a number in it changes: make it a tensor")
+        try:
+            return compile_fx(graph, inputs, config_patches=options)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:150]
+            say(f"torch.compile does not work here, the update runs eagerly, several times slower: {reason}")
+            return graph.forward
+
+    return torch.compile(update, backend=compile_graph, dynamic=False)
 
 
-# ----------------------------------------------------------------------------- rollout and evaluation
+class FrozenPolicy:
+    """A copy of the policy in NumPy, which has a fraction of the overhead of PyTorch for a few rows.
 
-
-def collect_rollout(
-    envs: gym.vector.VectorEnv,
-    latest: np.ndarray,
-    done_before: np.ndarray,
-    policy: FrozenPolicy,
-    num_steps: int,
-    running: np.ndarray,
-    finished: deque,
-) -> tuple[np.ndarray, ...]:
-    """Plays T = num_steps steps in each of N environments, from observations `latest` (N, D).
-
-    Returns observations (T + 1, N, D), actions (T, N, K), rewards, terminated, done and valid (T, N). A step
-    is not valid if the one before it ended an episode (`done_before` (N,), for the first step): it only
-    resets, ignores its action and has reward 0. Updates in place: `running`, the return and length so far
-    (2, N); `finished`, to which those of ended episodes are appended.
+    If the actor has other layers than Linear and Tanh, PyTorch evaluates it, and it is not a copy.
     """
-    action_shape, action_type = envs.action_space.shape, envs.action_space.dtype
-    # The largest of logits + noise is a sample of their distribution, if the noise is -log of an exponential
-    # variable: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014).
-    noise = -torch.empty(num_steps, envs.num_envs, *policy.mask.shape).exponential_().log().numpy()
-    actions = np.empty(noise.shape[:-1], np.int64)
-    observations = np.empty((num_steps + 1, *latest.shape), np.float32)
-    rewards = np.empty((num_steps, envs.num_envs), np.float32)
-    terminated, done, valid = np.empty((3, *rewards.shape), bool)
-    observations[0] = latest
-    for t in range(num_steps):
-        valid[t] = ~done_before
-        actions[t] = (policy.logits(observations[t]) + noise[t]).argmax(-1)
-        env_actions = policy.to_environment(actions[t]).reshape(action_shape).astype(action_type)
-        observations[t + 1], rewards[t], terminated[t], truncated, _ = envs.step(env_actions)
-        done_before = done[t] = terminated[t] | truncated
-        running[0] += rewards[t]
-        running[1] += valid[t]
-        if done_before.any():
-            finished.extend(running[:, done_before].T.tolist())
-            running[:, done_before] = 0
-    return observations, actions, rewards, terminated, done, valid
+
+    def __init__(self, agent: Agent):
+        def array(tensor: Tensor) -> np.ndarray:
+            return tensor.detach().cpu().numpy().copy()
+
+        self.mask, self.action_start = array(agent.mask), array(agent.action_start)
+        self.actor, self.device = agent.actor, agent.mask.device
+        layers = agent.actor if type(agent.actor) is nn.Sequential else [agent.actor]
+        self.layers = []  # (weight, bias) of a Linear, None for a Tanh; empty: PyTorch evaluates the actor
+        if all(type(layer) in (nn.Linear, nn.Tanh) for layer in layers):
+            for layer in layers:
+                bias = 0 if getattr(layer, "bias", None) is None else array(layer.bias)
+                self.layers.append(None if type(layer) is nn.Tanh else (array(layer.weight).T, bias))
+
+    def logits(self, observations: np.ndarray) -> np.ndarray:
+        """Unnormalised log-probabilities (N, K, n) at observations (N, D) of the environment."""
+        x = observations.astype(np.float32)
+        if not self.layers:
+            with torch.inference_mode():
+                x = self.actor(torch.as_tensor(x, device=self.device)).cpu().numpy()
+        for layer in self.layers:
+            x = np.tanh(x) if layer is None else x @ layer[0] + layer[1]
+        return x.reshape(-1, *self.mask.shape) + self.mask
+
+    def to_environment(self, actions: np.ndarray) -> np.ndarray:
+        """Choices (..., K), counted from 0, as the environment numbers them."""
+        return actions + self.action_start
 
 
-EVALUATION_SEED = 1_000_000_000  # added to the seed: no start of the training is one of an evaluation
-MAX_EPISODE_STEPS = 100_000  # of an evaluation, in environments that never end an episode
+# --------------------------------------------------------------------------- environments and evaluation
+
+EVALUATION_SEED = 1_000_000_000  # added to the seed; episodes of the training have seeds below
+MAX_EPISODE_STEPS = 10_000  # of an environment that has no time limit of its own
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """An environment with flat observations and discrete actions, or SystemExit with a sentence."""
+    if env_id.count(":") > 1:
+        raise SystemExit(f"Cannot make the environment {env_id}: write Name-v0, or module:Name-v0")
+    if "ALE/" in env_id:
+        raise SystemExit(f"{env_id} is an Atari game: ppo_atari.py is for these")
+    try:
+        keywords = {"render_mode": render_mode} if render_mode else {}
+        env = gym.make(env_id, disable_env_checker=True, **keywords)
+    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+        if isinstance(error, TypeError) and not render_mode:  # an error in the environment itself
+            raise
+        raise SystemExit(f"Cannot make the environment {env_id}: {error}")
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        raise SystemExit(
+            f"{env_id} has {space} actions, and this script needs Discrete or MultiDiscrete ones: "
+            "ppo_continuous.py is for a Box of actions"
+        )
+    if space.dtype != np.int64:
+        env = gym.wrappers.TransformAction(env, lambda action: action.astype(space.dtype), space)
+    if not env.observation_space.is_np_flattenable:
+        raise SystemExit(f"{env_id} has {env.observation_space} observations, which cannot be flattened")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    if render_mode:
+        try:
+            env.reset()
+            env.render()
+        except Exception as error:
+            raise SystemExit(f"Cannot record {env_id}, it does not render here ({error})")
+    return env
+
+
+def action_layout(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[list[int], list[int]]:
+    """The number of choices of each action component, and its smallest value; Discrete has one component."""
+    if isinstance(space, gym.spaces.Discrete):
+        return [int(space.n)], [int(space.start)]
+    return space.nvec.flatten().tolist(), space.start.flatten().tolist()
+
+
+def reset(env: gym.Env, seed: int) -> np.ndarray:
+    """Begins an episode. Seeds the global generators too, since some environments draw from these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    return env.reset(seed=seed)[0]
+
+
+def global_generators() -> str:
+    """The states of the global generators, to be compared."""
+    return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))
+
+
+class Environments:
+    """N environments side by side. In the step that ends an episode, the next episode begins.
+
+    By Gymnasium's contract, the seed of a reset and the actions since determine an episode. So a checkpoint
+    holds these two, for any environment, and resuming plays the actions again.
+
+    The first episode of environment i may last 1 - i/N of the time limit, so that the time limits do not fall
+    together. Otherwise every batch would cover the same short stretch of all episodes.
+    """
+
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id, self.envs = env_id, [make_env(env_id) for _ in range(num_envs)]
+        env = self.envs[0]
+        self.action_space, self.time_limit = env.action_space, env.spec.max_episode_steps
+        if len(shape := env.unwrapped.observation_space.shape or ()) > 1:
+            say(f"Observations of shape {shape} are flattened; for images, Agent needs convolutions")
+        self.limits = self.time_limit - np.arange(num_envs) * self.time_limit // num_envs  # of this episode
+        self.seeds, self.lengths = np.zeros((2, num_envs), np.int64)
+        self.returns = np.zeros(num_envs)
+        self.observations = np.empty((num_envs, *env.observation_space.shape))
+        self.observation_sums = np.empty_like(self.observations)  # over the episode, to check a replay
+        self.actions = deque(maxlen=self.time_limit)  # (N, ...) each, as many as the longest episode has
+        self.finished = deque(maxlen=100)  # returns and lengths of the last episodes
+        for i in range(num_envs):
+            self.begin_episode(i)
+
+    def __len__(self) -> int:
+        return len(self.envs)
+
+    def begin_episode(self, i: int, seed: int | None = None) -> None:
+        """Resets environment i, with a seed from PyTorch's generator if none is given."""
+        self.seeds[i] = torch.randint(EVALUATION_SEED, ()).item() if seed is None else seed
+        self.lengths[i] = self.returns[i] = 0
+        self.observations[i] = self.observation_sums[i] = reset(self.envs[i], int(self.seeds[i]))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns next observations (N, D), rewards, terminated and done (N,).
+
+        Next observations are the final ones where an episode ends; `observations` are the ones to act on.
+        """
+        actions = actions.reshape(-1, *self.action_space.shape)
+        self.actions.append(actions)
+        next_observations, rewards = np.empty_like(self.observations), np.empty(len(self), np.float32)
+        terminated, truncated = np.empty(len(self), bool), np.empty(len(self), bool)
+        for i, env in enumerate(self.envs):
+            next_observations[i], rewards[i], terminated[i], truncated[i], _ = env.step(actions[i])
+        self.lengths += 1
+        self.returns += rewards
+        self.observation_sums += next_observations
+        done = terminated | truncated | (self.lengths >= self.limits)
+        self.observations = next_observations.copy() if done.any() else next_observations
+        for i in done.nonzero()[0]:
+            self.finished.append((self.returns[i].item(), self.lengths[i].item()))
+            self.limits[i] = self.time_limit
+            self.begin_episode(i)
+        return next_observations, rewards, terminated, done
+
+    def statistics(self) -> dict[str, float]:
+        """Mean return and length of the last 100 episodes, to be logged; empty before the first one ends."""
+        names = "charts/episodic_return", "charts/episodic_length"
+        return dict(zip(names, np.mean(self.finished, axis=0))) if self.finished else {}
+
+    def state_dict(self) -> dict:
+        names = "seeds limits lengths returns observations observation_sums".split()
+        actions = np.array(self.actions)[len(self.actions) - self.lengths.max() :]
+        arrays = {name: getattr(self, name) for name in names} | {"actions": actions}
+        return {name: torch.tensor(x) for name, x in arrays.items()} | {"finished": list(self.finished)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Plays the saved episodes again; begins new ones, and says so, if they come out otherwise."""
+        self.finished.extend(state["finished"])
+        saved = {name: x.numpy() for name, x in state.items() if name != "finished"}
+        actions, self.limits = saved["actions"], saved["limits"].copy()
+        self.actions.extend(actions)
+        same = True
+        for i, env in enumerate(self.envs):
+            self.begin_episode(i, saved["seeds"][i].item())
+            generators = global_generators()
+            for action in actions[len(actions) - saved["lengths"][i] :]:
+                observation, reward, terminated, truncated, _ = env.step(action[i])
+                self.observations[i] = observation
+                self.observation_sums[i] += observation
+                self.returns[i] += np.float32(reward)
+                same = same and not (terminated or truncated)
+            # Steps that draw from global generators depend on the order in which environments are stepped.
+            same = same and generators == global_generators()
+        self.lengths = saved["lengths"].copy()
+        for name in ("observations", "observation_sums", "returns"):
+            same = same and np.array_equal(getattr(self, name), saved[name], equal_nan=True)
+        if not same:
+            say(f"Replayed episodes of {self.env_id} differ from the saved ones, so new ones begin")
+            for i in range(len(self)):
+                self.begin_episode(i)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+class CartPoles(Environments):
+    """CartPole in Gymnasium's vectorised form, which steps all copies at once, about ten times as fast.
+
+    That form spends a step on beginning an episode; here an episode begins in the step that ends the one
+    before. The copies share one generator, so their episodes have no seeds: a checkpoint holds the generator,
+    and the two arrays that are the state of all copies.
+    """
+
+    def __init__(self, env_id: str, num_envs: int):
+        self.envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point").unwrapped
+        self.observations, _ = self.envs.reset(seed=torch.randint(EVALUATION_SEED, ()).item())
+        self.returns, self.lengths = np.zeros((2, num_envs))
+        self.finished = deque(maxlen=100)  # returns and lengths of the last episodes
+
+    def __len__(self) -> int:
+        return self.envs.num_envs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """As `Environments.step`."""
+        envs = self.envs
+        next_observations, rewards, terminated, truncated, _ = envs.step(actions.reshape(-1))
+        self.observations, done = next_observations, terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        if done.any():
+            self.finished.extend(zip(self.returns[done].tolist(), self.lengths[done].tolist()))
+            self.returns[done] = self.lengths[done] = 0
+            # What envs.step would do in the next step, where prev_done is true.
+            envs.state[:, done] = envs.np_random.uniform(envs.low, envs.high, (4, done.sum()))
+            envs.steps[done] = 0
+            envs.prev_done[:] = False
+            self.observations = envs.state.T.astype(np.float32)
+        return next_observations, rewards, terminated, done
+
+    def state_dict(self) -> dict:
+        arrays = {"state": self.envs.state, "steps": self.envs.steps, "observations": self.observations}
+        arrays |= {"returns": self.returns, "lengths": self.lengths}
+        state = {name: torch.tensor(x) for name, x in arrays.items()} | {"finished": list(self.finished)}
+        return state | {"generator": self.envs.np_random.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.envs.np_random.bit_generator.state = state["generator"]
+        self.envs.state, self.envs.steps = state["state"].numpy(), state["steps"].numpy()
+        self.observations = state["observations"].numpy()
+        self.returns, self.lengths = state["returns"].numpy(), state["lengths"].numpy()
+        self.finished.extend(state["finished"])
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def make_environments(env_id: str, num_envs: int) -> Environments:
+    return (CartPoles if env_id in ("CartPole-v0", "CartPole-v1") else Environments)(env_id, num_envs)
+
+
+class Workers:
+    """The processes of A3C. They run while a `with` block lasts."""
+
+    def __init__(self, args: Args, run: Run, shared: Agent, optimizer: RMSprop):
+        shared.share_memory()
+        self.args, self.run, self.first_step = args, run, run.step
+        self.counts = torch.zeros(args.num_workers, len(COUNTS), dtype=torch.float64).share_memory_()
+        self.counted = self.counts.sum(0)  # until the last call of `wait`
+        for tensors in optimizer.state_dict().values():
+            for tensor in tensors:
+                tensor.share_memory_()
+        # Spawned, not forked: a fork would copy the locks of the threads that write the curves, in whatever
+        # state they are, but not the threads that would release them.
+        context, self.workers = multiprocessing.get_context("spawn"), []
+        for index, seed in enumerate(torch.randint(2**62, (args.num_workers,)).tolist()):
+            inputs = index, seed, args, shared, optimizer, self.counts, self.first_step
+            self.workers.append(context.Process(target=work, args=inputs, daemon=True))
+
+    def __enter__(self) -> Workers:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process only
+        for worker in self.workers:
+            worker.start()
+        signal.signal(signal.SIGINT, handler)
+        self.waited = time.perf_counter()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self.workers:
+            worker.terminate()
+            worker.join()
+
+    def wait(self) -> dict[str, float]:
+        """Sums of COUNTS since the last call: after log_interval steps, or as soon as the run has to end."""
+        run, total = self.run, self.args.total_timesteps
+        run.started = self.waited  # the workers go on during evaluations, so the time of these counts
+        while True:
+            wait([worker.sentinel for worker in self.workers if worker.is_alive()], timeout=0.05)
+            codes = [worker.exitcode for worker in self.workers]  # None: still at work
+            counted = self.counts.sum(0)  # after that: a worker that ended well has counted all of its steps
+            run.step = self.first_step + int(counted[0])
+            failed = [i for i, code in enumerate(codes) if code]
+            early = [i for i, code in enumerate(codes) if code == 0 and run.step < total]
+            if (failed or early) and not run.interrupted:
+                i = (failed or early)[0]
+                say(f"Worker {i} ended with exit code {codes[i]} at step {run.step:,}, so the run ends")
+                run.interrupted = True
+            if run.interrupted or run.step >= total or run.step - run.last_step >= self.args.log_interval:
+                break
+        sums = dict(zip(COUNTS, (counted - self.counted).tolist()))
+        self.counted, self.waited = counted, time.perf_counter()
+        return sums
 
 
 def evaluate(
@@ -589,347 +770,344 @@ def evaluate(
 ) -> np.ndarray:
     """Undiscounted returns (episodes,) of the greedy policy; episode i starts from seed + i.
 
-    No generator of the training is drawn from. With `videos`, a folder, the first episode is recorded.
+    The generators stay as they are. If `videos` is a folder, the first episode is recorded there.
     """
+    generators = random.getstate(), np.random.get_state()
     env = make_env(env_id, render_mode="rgb_array" if videos else None)
     if videos:
+        with explained(f"Cannot write videos to {videos}"):
+            videos.mkdir(parents=True, exist_ok=True)
         env = gym.wrappers.RecordVideo(env, str(videos), lambda episode: episode == 0, name_prefix=video_name)
     policy = FrozenPolicy(agent)
     returns = np.zeros(episodes)
     for episode in range(episodes):
-        observation, _ = env.reset(seed=seed + episode)
-        for _ in range(MAX_EPISODE_STEPS):
+        observation, done = reset(env, seed + episode), False
+        while not done:
             actions = policy.to_environment(policy.logits(observation[None]).argmax(-1))
-            action = actions.reshape(-1, *env.action_space.shape)[0].astype(env.action_space.dtype)
+            action = actions.reshape(-1, *env.action_space.shape)[0]
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
-            if terminated or truncated:
-                break
+            done = terminated or truncated
     env.close()
+    random.setstate(generators[0])
+    np.random.set_state(generators[1])
     return returns
 
 
-# ------------------------------------------------------------------------------------------ checkpoints
+# ----------------------------------------------------------------------------------------------- runs
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes to a temporary file and renames it, so that a crash leaves the checkpoint before it."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save({"script": Path(__file__).stem, **state}, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"Cannot write {path}, the one before it is untouched; is the disk full? ({error})")
+class Run:
+    """One run: its directory, curves, checkpoints and videos; progress, interruption and resuming.
 
-
-def load_checkpoint(run: str | Path) -> dict:
-    """The checkpoint of a run directory, or a checkpoint file; code that hides in it is not run."""
-    path, script = Path(run), Path(__file__).stem
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise SystemExit(f"There is no checkpoint {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise SystemExit(f"{path} is damaged, or no checkpoint: {reason}")
-    if not isinstance(state, dict) or state.get("script") != script:
-        raise SystemExit(f"{path} is not a checkpoint of {script}.py")
-    return state
-
-
-# --------------------------------------------------------------------------------------------- training
-
-
-class Training:
-    """What both forms of the training have in common: agent, optimizer, log, evaluations and checkpoints.
-
-    Goes on from the checkpoint in `run` if there is one.
+    `train` names everything that has state once, in `start`, and then loops over `iterations`.
     """
 
-    def __init__(self, args: Args, run: Path):
-        self.args, self.run = args, run
-        device = torch.device("cpu" if args.device == "auto" else args.device)
-        torch.manual_seed(args.seed)
-        random.seed(args.seed)  # this and the next for environments that draw from global generators
-        np.random.seed(args.seed)
-        env = make_env(args.env_id)
-        action_sizes, action_start = action_layout(env.action_space)
-        observation_size = env.observation_space.shape[0]
-        self.agent = Agent(observation_size, action_sizes, args.shared_network, action_start).to(device)
-        self.optimizer = RMSprop(
-            self.agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps
-        )
-        self.step, self.best_return, self.elapsed = 0, -math.inf, 0.0
-        self.checkpoint = load_checkpoint(run) if (run / "checkpoint.pt").exists() else None
-        if self.checkpoint:
-            self.agent.load_state_dict(self.checkpoint["agent"])
-            for tensor, saved in zip(self.optimizer.state(), self.checkpoint["optimizer"], strict=True):
-                tensor.copy_(saved)
+    def __init__(self, args: Args):
+        self.args, self.path, self.state = args, make_directory(args), {}
+        # A copy, since `train` may change args. Where a run is found does not belong to it.
+        self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
+        self.step = self.last_step = 0  # environment steps, now and before this iteration
+        self.elapsed, self.best_return = 0.0, -math.inf  # seconds of training, best evaluation
+        self.started = self.saved_at = self.shown_at = time.perf_counter()
+        self.logged = self.progress = self.writer = self.wandb = None
+        self.interrupted = False
+        self.checkpoint = load_checkpoint(self.path) if any(self.path.glob("checkpoint*.pt")) else {}
+        if saved := self.checkpoint.get("args"):
+            refuse_changes(saved, self.arguments, MAY_CHANGE)
             self.step, self.elapsed = self.checkpoint["step"], self.checkpoint["elapsed"]
             self.best_return = self.checkpoint["best_return"]
+            if args.total_timesteps < min(saved["total_timesteps"], self.step + 1):
+                raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --total-timesteps")
+        write_file(self.path / "args.json", json.dumps(self.arguments, indent=2))
+        say(f"Run directory: {self.path}")
+        self.handlers = {}  # the ones before, by signal
+        with contextlib.suppress(ValueError):  # outside of the main thread, Python refuses handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.interrupt)
 
+    def interrupt(self, number: int, frame) -> None:
+        """Handles Ctrl-C and SIGTERM."""
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        # os.write, because print fails if the signal arrives during another print.
+        os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    @property
+    def advice(self) -> str:
+        module = f" --env-id {self.args.env_id}" if ":" in self.args.env_id else ""
+        return f"go on with: python {Path(__file__).name} --resume {self.path}{module}"
+
+    def start(self, **state) -> None:
+        """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
+
+        Restores the last checkpoint if there is one, opens the logs, and evaluates a new run.
+        """
+        self.state = state
+        if self.checkpoint:
+            torch.set_rng_state(self.checkpoint["generator"])
+            for name, x in state.items():
+                if name not in self.checkpoint:
+                    raise SystemExit(f"The checkpoint of {self.path} has no {name}; was the script changed?")
+                restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
+                restore(self.checkpoint.pop(name))
+            say(f"Resumed at step {self.step:,}")
+        elif self.args.resume:
+            say(f"{self.path} has no checkpoint yet, so the run begins anew")
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 
-        if args.track:
-            import wandb
-
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=run.name,  # a resumed run goes on in the same place
-                resume="allow",
-                dir=str(run),
-                config=dataclasses.asdict(args),
-                sync_tensorboard=True,
-            )
-        # What was logged past the checkpoint is hidden; it will be logged again.
-        self.writer = SummaryWriter(str(run), purge_step=self.step + 1 if self.step else 0)
-
-    def start(self) -> None:
-        """Evaluates a new run, or says where an old one goes on, and shows the progress from here on."""
-        if self.step:
-            print(f"Resumed at step {self.step:,}", flush=True)
-        elif self.args.eval_interval:
-            self.log_evaluation()
-        total, step = self.args.total_timesteps, self.step
-        self.progress = tqdm(
-            total=total, initial=step, unit=" steps", disable=None
-        )  # None: on a terminal only
-        self.last_line = -math.inf
-        self.window_start = time.perf_counter()
-
-    def save(self, name: str, form_state: dict) -> None:
-        state = {
-            "args": dataclasses.asdict(self.args),
-            "agent": self.agent.state_dict(),
-            "optimizer": self.optimizer.state(),
-            "step": self.step,
-            "best_return": self.best_return,
-            "elapsed": self.elapsed,
-        }
-        save_checkpoint(self.run / name, state | form_state)
-
-    def log(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, self.step)
-
-    def log_evaluation(self) -> float:
-        args, step = self.args, self.step
-        videos = self.run / "videos" if args.capture_video else None
-        seed = args.seed + EVALUATION_SEED
-        returns = evaluate(self.agent, args.env_id, args.eval_episodes, seed, videos, f"step-{step}")
-        self.log({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
-        if args.track and videos:
-            import wandb
-
-            wandb.log({"video": wandb.Video(str(videos / f"step-{step}-episode-0.mp4")), "global_step": step})
-        tqdm.write(f"step {step:>9,}: evaluation {returns.mean():.1f} ± {returns.std():.1f}")
-        return returns.mean().item()
-
-    def record(
-        self,
-        step: int,
-        metrics: list[float],
-        episode_means: list[float],
-        get_form_state: Callable[[], dict] = dict,
-    ) -> None:
-        """Logs what happened since the step of the last record, evaluates and saves if it is time to.
-
-        `metrics` are the means of METRICS, `episode_means` the mean return and length of episodes, or empty;
-        `get_form_state` returns what a checkpoint is to hold besides what both forms have.
-        """
-        args, previous, self.step = self.args, self.step, step
-        losses = dict(zip(METRICS, metrics))
-        parameters = nn.utils.parameters_to_vector(self.agent.parameters()).sum().item()
-        for name, value in {**losses, "the sum of the parameters": parameters}.items():
-            if not math.isfinite(value):
-                causes = "rewards or observations that are not finite, or too high a learning rate"
-                raise SystemExit(
-                    f"{name} is {value} at step {step:,}; look for {causes}. "
-                    f"{self.run} keeps the last checkpoint"
-                )
-        now = time.perf_counter()
-        seconds = now - self.window_start
-        self.elapsed += seconds
-        self.log({f"losses/{name}": value for name, value in losses.items()})
-        self.log({"charts/learning_rate": self.optimizer.learning_rate})
-        self.log({"charts/SPS": (step - previous) / seconds, "time/elapsed": self.elapsed})
-        training_return, length = episode_means or (math.nan, math.nan)
-        if episode_means:
-            self.log({"charts/episodic_return": training_return, "charts/episodic_length": length})
-        last = step >= args.total_timesteps
-        if args.eval_interval and (last or step // args.eval_interval > previous // args.eval_interval):
-            evaluation = self.log_evaluation()
-            if evaluation > self.best_return:
-                self.best_return = evaluation
-                self.save("best.pt", get_form_state())
-        if last or step // args.checkpoint_interval > previous // args.checkpoint_interval:
-            self.writer.flush()
-            self.save("checkpoint.pt", get_form_state())
-        self.progress.set_postfix_str(f"return {training_return:.1f}", refresh=False)
-        self.progress.update(step - previous)
-        if self.progress.disable and (last or time.perf_counter() - self.last_line > 10):
-            self.last_line = time.perf_counter()
-            speed = f"{(step - previous) / seconds:,.0f} steps/s"
-            print(f"step {step:>9,}: return {training_return:.1f}, {speed}", flush=True)
-        # The workers of A3C go on while this process evaluates and saves.
-        self.window_start = now if args.asynchronous else time.perf_counter()
-
-    def close(self) -> None:
-        self.progress.close()
-        self.writer.close()
         if self.args.track:
             import wandb
 
-            wandb.finish()
+            place = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+            place |= {"id": self.path.name, "resume": "allow", "dir": str(self.path.parent)}
+            self.wandb = wandb.init(**place, config=self.arguments)
+        # Points after the checkpoint are purged; they will be logged again.
+        self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if self.step else 0)
+        if self.step == 0 and self.args.eval_interval:
+            self.evaluate()
+
+    def iterations(self, batch_size: int = 0) -> Iterator[float]:
+        """Yields the fraction of the run that is done; evaluates and saves after an iteration if it is time.
+
+        With a batch_size, an iteration counts as that many steps, and the run is rounded up to whole
+        iterations. Without one, `train` adds to `step` itself.
+        """
+        args, total = self.args, self.args.total_timesteps
+        total = math.ceil(total / batch_size) * batch_size if batch_size else total
+        # disable=None: shown on a terminal only
+        self.progress = tqdm(total=total, initial=self.step, unit=" steps", disable=None)
+        while self.step < total:
+            if self.interrupted:
+                self.save("checkpoint.pt")
+                raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
+            self.last_step, self.started = self.step, time.perf_counter()
+            self.step += batch_size
+            yield self.last_step / total
+            self.elapsed += time.perf_counter() - self.started
+            last = self.step >= total
+            if args.eval_interval and (last or self.due(args.eval_interval)):
+                evaluation = self.evaluate()
+                if evaluation > self.best_return:
+                    self.best_return = evaluation
+                    self.save("best.pt")
+            minutes = (time.perf_counter() - self.saved_at) / 60
+            if last or self.due(args.checkpoint_interval) or minutes > args.checkpoint_minutes:
+                self.save("checkpoint.pt")
+            self.progress.update(self.step - self.last_step)
+
+    def due(self, interval: int) -> bool:
+        """Whether this iteration passed a multiple of `interval` steps."""
+        return self.step // interval > self.last_step // interval
+
+    def log(self, metrics: dict[str, float | Tensor]) -> None:
+        """Adds one point to each curve, of time and speed too, and shows progress."""
+        elapsed = self.elapsed + time.perf_counter() - self.started
+        metrics = metrics | {"time/elapsed": elapsed}
+        if self.logged:  # the first iteration compiles the update, so its speed says nothing
+            metrics["charts/SPS"] = (self.step - self.logged[0]) / (elapsed - self.logged[1])
+        self.logged = self.step, elapsed
+        self.write(metrics)
+        line = f"return {metrics.get('charts/episodic_return', math.nan):.1f}"
+        self.progress.set_postfix_str(line, refresh=False)
+        last, now = self.step >= self.progress.total, time.perf_counter()
+        if self.progress.disable and (last or now - self.shown_at > 10):
+            self.shown_at = now
+            speed = f", {metrics['charts/SPS']:,.0f} steps/s" if "charts/SPS" in metrics else ""
+            say(f"step {self.step:>9,}: {line}{speed}")
+
+    def write(self, metrics: dict[str, float | Tensor]) -> None:
+        """Adds one point to each curve; ends the run if one is not finite."""
+        metrics = {name: float(x) for name, x in metrics.items()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                causes = "rewards or observations that are not finite, or steps that are too large"
+                where = f"{name} is {value} at step {self.step:,}; look for {causes}"
+                raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+        with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, self.step)
+        if self.wandb:
+            self.wandb.log(metrics, step=self.step)
+
+    def evaluate(self) -> float:
+        """Mean return of the deterministic policy, logged and printed."""
+        args, video = self.args, f"step-{self.step}"
+        videos = self.path / "videos" if args.capture_video else None
+        seed = args.seed + EVALUATION_SEED
+        returns = evaluate(self.state["agent"], args.env_id, args.eval_episodes, seed, videos, video)
+        self.write({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+        if self.wandb and videos:
+            import wandb
+
+            self.wandb.log({"video": wandb.Video(str(videos / f"{video}-episode-0.mp4"))}, step=self.step)
+        say(f"step {self.step:>9,}: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
+        return returns.mean().item()
+
+    def save(self, name: str) -> None:
+        """Saves everything that has state under its name, but no weights that are not finite."""
+        if not all(x.isfinite().all() for x in self.state["agent"].parameters()):
+            where = f"The weights are not finite at step {self.step:,}; make steps smaller"
+            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+        state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        # The training draws from this generator only; an episode draws from one seeded at its reset.
+        state |= {"best_return": self.best_return, "generator": torch.get_rng_state()}
+        state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
+        with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
+            self.writer.flush()
+        save_checkpoint(self.path / name, state)
+        self.saved_at = time.perf_counter()
+
+    def close(self) -> None:
+        """Closes logs and environments, and gives the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for x in (self.progress, self.writer, *self.state.values()):
+            with contextlib.suppress(OSError):  # a full disk was explained before
+                if hasattr(x, "close"):
+                    x.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def train(args: Args, run: Path) -> None:
-    """A2C or A3C; goes on from the checkpoint in `run` if there is one."""
-    training = Training(args, run)
-    if args.asynchronous:
-        train_asynchronous(args, training)
-    else:
-        train_synchronous(args, training)
-    training.close()
+def say(line: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
-def train_synchronous(args: Args, training: Training) -> None:
-    """A2C: all environments are played with the same policy, and then there is one update."""
-    agent, optimizer, device = training.agent, training.optimizer, training.agent.mask.device
-    envs = make_vector_env(args.env_id, args.num_envs)
-    latest, _ = envs.reset(seed=args.seed * args.num_envs)  # runs that differ in --seed only share no start
-    done = np.zeros(args.num_envs, bool)
-    running, finished = np.zeros((2, args.num_envs)), deque(maxlen=100)  # returns and lengths of episodes
-    if training.checkpoint:
-        state = training.checkpoint
-        finished.extend(state["finished"])
-        torch.set_rng_state(state["generator"])
-        if state["envs"] is None:
-            latest, _ = envs.reset(seed=(args.seed + state["step"]) * args.num_envs)
-            print(f"The state of {args.env_id} cannot be saved, so its episodes start anew")
-        else:
-            set_vector_state(envs, state["envs"])
-            latest, done, running = (state[name].numpy() for name in ("latest", "done", "running"))
-
-    def get_form_state() -> dict:
-        return {
-            "finished": list(finished),
-            "generator": torch.get_rng_state(),  # training draws from this one; environments have their own
-            "envs": get_vector_state(envs),
-            "latest": torch.tensor(latest),
-            "done": torch.tensor(done),
-            "running": torch.tensor(running),
-        }
-
-    training.start()
-    update = make_update(agent, optimizer, args)  # after the evaluation: compiling anew takes half a minute
-    step, iterations, totals = training.step, 0, torch.zeros(len(METRICS), device=device)
-    while step < args.total_timesteps:
-        if args.anneal_lr:
-            optimizer.learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
-        rollout = collect_rollout(envs, latest, done, FrozenPolicy(agent), args.num_steps, running, finished)
-        totals += update(*(torch.from_numpy(x).to(device) for x in rollout))
-        latest, done, valid = rollout[0][-1], rollout[-2][-1], rollout[-1]
-        step += int(valid.sum())
-        iterations += 1
-        if step - training.step >= args.log_interval or step >= args.total_timesteps:
-            episode_means = np.mean(finished, axis=0).tolist() if finished else []
-            training.record(step, (totals / iterations).tolist(), episode_means, get_form_state)
-            iterations, totals = 0, totals.zero_()
-    envs.close()
-
-
-# ------------------------------------------------------------------------------- asynchronous training
-
-# What a worker counts, each in its own row of a shared tensor: nothing there needs a lock.
-COUNTS = ("steps", "iterations", "episodes", "returns", "lengths", *METRICS)
-
-
-def train_asynchronous(args: Args, training: Training) -> None:
-    """A3C (Mnih et al. 2016, algorithm S3): starts the workers, watches them, and logs what they do."""
-    shared_agent = training.agent.share_memory()
-    for tensor in training.optimizer.state():
-        tensor.share_memory_()
-    counts = torch.zeros(args.num_workers, len(COUNTS), dtype=torch.float64).share_memory_()
-    first_step = training.step
-    training.start()
-    # Spawned, not forked: a fork would copy the locks of the threads that write the log and the progress, in
-    # whatever state they are, but not the threads that would release them.
-    context = multiprocessing.get_context("spawn")
-    shared = args, shared_agent, training.optimizer, counts, first_step
-    workers = [context.Process(target=work, args=(i, *shared), daemon=True) for i in range(args.num_workers)]
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is left to this process
-    for worker in workers:
-        worker.start()
-    signal.signal(signal.SIGINT, handler)
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns an exception into one sentence."""
     try:
-        before, episode_means = torch.zeros_like(counts[0]), []
-        while training.step < args.total_timesteps:
-            wait([worker.sentinel for worker in workers if worker.is_alive()], timeout=0.05)
-            ended = [(i, worker.exitcode) for i, worker in enumerate(workers) if worker.exitcode is not None]
-            now = counts.sum(0)  # after that: a worker that ended well has counted all of its steps
-            step = first_step + int(now[0])
-            early = ended if step < args.total_timesteps else []
-            failed = [worker for worker in ended if worker[1]] or early
-            training.agent = copy.deepcopy(shared_agent)  # stands still while it is evaluated and saved
-            if failed:
-                index, code = failed[0]
-                training.step = step
-                training.writer.flush()
-                # What is not finite is not saved: the checkpoint before it is better.
-                if all(x.isfinite().all() for x in (now, *training.agent.parameters())):
-                    training.save("checkpoint.pt", {})
-                raise SystemExit(
-                    f"Worker {index} ended with exit code {code} at step {step:,}; the others were stopped. "
-                    f"Go on with: python {Path(__file__).name} --resume {training.run}"
-                )
-            if step - training.step >= args.log_interval or step >= args.total_timesteps:
-                _, iterations, episodes, *sums = (now - before).tolist()
-                metrics = [x / max(iterations, 1) for x in sums[2:]]
-                if episodes:  # else the means of before
-                    episode_means = [x / episodes for x in sums[:2]]
-                training.record(step, metrics, episode_means)
-                before = now
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
+        yield
+    except Exception as error:
+        raise SystemExit(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def work(
-    index: int, args: Args, shared: Agent, optimizer: RMSprop, counts: torch.Tensor, first_step: int
-) -> None:
-    """One worker: plays with a copy of the shared parameters, and updates them with the gradient of that."""
-    torch.set_num_threads(1)
-    threadpoolctl.threadpool_limits(1)
-    num_envs = args.num_envs // args.num_workers
-    seed = (args.seed + first_step) * args.num_envs + index * num_envs
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy takes 32 bits
-    envs = make_vector_env(args.env_id, num_envs)
-    latest, _ = envs.reset(seed=seed)
-    done, running, finished = np.zeros(num_envs, bool), np.zeros((2, num_envs)), deque()
-    agent = copy.deepcopy(shared)
-    parent = multiprocessing.parent_process()
-    while (step := first_step + counts[:, 0].sum().item()) < args.total_timesteps and parent.is_alive():
-        agent.load_state_dict(shared.state_dict())
-        rollout = collect_rollout(envs, latest, done, FrozenPolicy(agent), args.num_steps, running, finished)
-        gradients, metrics = compute_gradients(agent, args, *(torch.from_numpy(x) for x in rollout))
-        if args.anneal_lr:
-            optimizer.learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
-        optimizer.step(gradients)
-        latest, done, valid = rollout[0][-1], rollout[-2][-1], rollout[-1]
-        episodes = np.sum(finished, axis=0).tolist() if finished else [0, 0]
-        counts[index] += torch.tensor([valid.sum(), 1, len(finished), *episodes, *metrics.tolist()])
-        finished.clear()
+# ---------------------------------------------------------------------------------------------- files
+
+FORMAT = 2  # of a checkpoint
 
 
-def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+def make_directory(args: Args) -> Path:
+    """The directory of the run: the one that args name, or a new one with the time in its name."""
+    named = args.resume or (args.run_name and Path(args.runs, args.run_name))
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
+    while True:
+        path = Path(named or Path(args.runs, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"))
+        try:
+            path.mkdir(parents=True, exist_ok=bool(named))
+            return path
+        except OSError as error:
+            if named or not isinstance(error, FileExistsError):
+                raise SystemExit(f"Cannot make the run directory {path}: {error}")
+            time.sleep(0.1)  # another run began in the same second
+
+
+def write_file(path: Path, content: str | dict) -> None:
+    """Writes a text, or a state with torch.save, so that a crash leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "checkpoint.pt" and path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"Cannot write {path}, what was there is untouched; is the disk full? ({error})")
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    write_file(path, {"script": Path(__file__).stem, "format": FORMAT, **state})
+
+
+def load_checkpoint(run: str | Path) -> dict:
+    """The checkpoint of a run directory, or a checkpoint file; if it is damaged, the one before it.
+
+    The checksums are verified, and no code that hides in the file runs.
+    """
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
+    previous, script = path.with_name("checkpoint.previous.pt"), Path(__file__).stem
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not verify checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{path} is damaged, or no checkpoint: {' '.join(str(error).split())[:200]}"
+        reason = reason if path.exists() else f"There is no checkpoint {path}"
+        if path.name != "checkpoint.pt" or not previous.exists():
+            raise SystemExit(reason)
+        say(f"{reason}. The one before it takes its place: {previous}")
+        state = load_checkpoint(previous)
+        with contextlib.suppress(OSError):  # a folder that cannot be written, in an evaluation
+            os.replace(previous, path)
+        return state
+    if not isinstance(state, dict) or state.get("script") != script:
+        raise SystemExit(f"{path} is not a checkpoint of {script}.py")
+    if state.get("format") != FORMAT:
+        raise SystemExit(
+            f"{path} has format {state.get('format')}; this version of {script}.py reads {FORMAT}"
+        )
+    return state
+
+
+def read_args(run: str | Path) -> Args:
+    """The arguments of a run directory or a checkpoint file; names a field that does not fit."""
+    path = Path(run, "args.json") if Path(run).is_dir() else Path(run)
+    with explained(f"Cannot read {path}"):
+        values = json.loads(path.read_text()) if path.suffix == ".json" else load_checkpoint(path)["args"]
+        hints = get_type_hints(Args)
+        if unfit := values.keys() ^ hints.keys():
+            raise ValueError(f"missing or unknown: {', '.join(sorted(unfit))}")
+        for name, value in values.items():
+            with explained(f"{path} has {name} = {value!r}"):
+                typeguard.check_type(value, hints[name])
+                if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
+                    raise TypeError(f"a truth value is no {hints[name]}")
+        return Args(**values)
+
+
+# --------------------------------------------------------------------------------------- command line
+
+# Flags that may change on resume or evaluation; any other would make it a different run.
+MAY_CHANGE = """resume evaluate run_name runs total_timesteps device checkpoint_minutes capture_video track
+                wandb_project_name wandb_entity""".split()
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_episodes"]
+
+
+def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
+    """Ends the program if arguments differ from saved ones in a flag that may not change."""
+    for name, value in saved.items():
+        if arguments.get(name) != value and name not in may_change:
+            change = f"{name} from {value} to {arguments.get(name)}"
+            raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
+
+
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line, on top of the arguments of the run that it names, if it names one."""
+    args = tyro.cli(Args, args=arguments)
+    named = args.run_name and Path(args.runs, args.run_name)
+    run = args.resume or args.evaluate or (named if named and (named / "args.json").exists() else None)
+    if not run:
+        return args
+    saved = read_args(run)
+    # A file must not decide which modules are imported: the command line has to name them again.
+    default = dataclasses.replace(saved, env_id=saved.env_id.rpartition(":")[2])
+    args = tyro.cli(Args, args=arguments, default=default)
+    if saved.env_id != args.env_id == default.env_id:
+        raise SystemExit(f"The run imports a module of yours; add --env-id {saved.env_id} to confirm it")
+    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
+    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    return args
+
+
+def prepare(args: Args) -> None:
+    """Settles threads, warnings and the device before the first tensor."""
     # For networks of this size a second thread costs more than it gives, in PyTorch as in NumPy.
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
@@ -938,33 +1116,38 @@ def main(args: Args) -> Path:
     if not available.get(args.device, True):
         raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
 
+
+def main(args: Args) -> Path:
+    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    prepare(args)
     if args.evaluate:
-        run = Path(args.evaluate)
-        agent, env_id = Agent.load(run), load_checkpoint(run)["args"]["env_id"]
-        videos = (run if run.is_dir() else run.parent) / "videos" if args.capture_video else None
+        path = Path(args.evaluate)
+        videos = (path if path.is_dir() else path.parent) / "videos" if args.capture_video else None
         seed = args.seed + EVALUATION_SEED
-        returns = evaluate(agent, env_id, args.eval_episodes, seed, videos, "evaluation")
-        print(f"{env_id}: {returns.mean():.1f} ± {returns.std():.1f} over {args.eval_episodes} episodes")
-        return run
-    if args.resume:
-        run = Path(args.resume)
-    else:
-        make_env(args.env_id).close()  # refuses before there is a run directory
-        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}"
-        run = Path(args.runs) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        run.mkdir(parents=True, exist_ok=args.resume is not None)
-        (run / "args.tmp").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        os.replace(run / "args.tmp", run / "args.json")
-    except OSError as error:
-        raise SystemExit(f"Cannot write the run directory {run}: {error}")
-    print(f"Run directory: {run}", flush=True)
+        refuse_changes(load_checkpoint(path)["args"], dataclasses.asdict(args), MAY_CHANGE_IN_EVALUATION)
+        returns = evaluate(Agent.load(path), args.env_id, args.eval_episodes, seed, videos, "evaluation")
+        score = f"{returns.mean():.1f} +- {returns.std():.1f}"
+        print(f"{args.env_id}: {score} over {args.eval_episodes} episodes")
+        return path
+    make_env(args.env_id).close()  # refuses before there is a run directory
+    torch.manual_seed(args.seed)
+    run = Run(args)
     try:
         train(args, run)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {run}")
-    return run
+        raise SystemExit(f"\nEnded at once; {run.advice}")
+    except Exception:
+        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        raise
+    finally:
+        run.close()
+    return run.path
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # for paths with letters that the terminal lacks
+    try:
+        main(parse_args())
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would fail once more when it closes the output
+        raise SystemExit("Nobody reads the output any more, so the program ends; checkpoints are kept")

@@ -1,243 +1,255 @@
-"""Group Relative Policy Optimization (GRPO) on a language model, with its own transformer and sampler.
+"""Group Relative Policy Optimization (GRPO) of a language model, with its own transformer and sampler.
 
-Every step samples G completions of each of a few prompts with the policy pi_old, scores them by rules, takes
-the advantage A of each against the others of its group, and maximises, over the tokens t of the completions,
+Each step samples G completions of each of a few prompts from the policy pi_old, scores them with rules, and
+compares each with the others of its group: that is its advantage A. It then maximises, over the tokens of the
+completions,
 
     E[ min(r A, clip(r, 1 - eps, 1 + eps') A) ] - beta KL(pi, pi_ref),  r = pi(token | before) / pi_old(...)
 
-(Shao et al. 2024, DeepSeekMath, equation 3). How A is scaled and how tokens are averaged is chosen by
---advantages and --loss: GRPO, Dr. GRPO (Liu et al. 2025), DAPO (Yu et al. 2025), GSPO (Zheng et al. 2025),
-CISPO (MiniMax 2025), RLOO (Ahmadian et al. 2024), or a softmax over the rewards of the group.
+(Shao et al. 2024, DeepSeekMath, equation 3). --advantages and --loss choose how A is scaled and how tokens
+are averaged: GRPO, Dr. GRPO (Liu et al. 2025), DAPO (Yu et al. 2025), GSPO (Zheng et al. 2025), CISPO
+(MiniMax 2025), RLOO (Ahmadian et al. 2024), or a softmax over the rewards of the group.
 
-By default a transformer of 0.4M parameters is made here and learns to add from a demonstrator who often
-forgets to carry; GRPO then makes it better than its teacher, within two minutes on a CPU. --model takes a
-folder or id of Hugging Face instead (Llama, Qwen2, Qwen3 families), --dataset a file of prompts and answers.
-The loss itself stays near 0, since r is 1 until the first step: look at `reward` and `eval/pass@1`.
-
-    python grpo_llm.py --loss gspo --seed 3
-    python grpo_llm.py --resume runs/arithmetic__grpo_llm__3__20261120-101500
+    python grpo_llm.py
+    python grpo_llm.py --task examples.countdown:Countdown --loss gspo --seed 3
     torchrun --nproc-per-node 2 grpo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k.jsonl \
         --learning-rate 1e-6 --max-completion-length 512
+
+The first command makes a transformer of 0.4M parameters, teaches it to add from a demonstrator who often
+forgets to carry, and improves it with GRPO: pass@1 on held-out sums rises from 0.34 to 0.98 (mean of three
+seeds) within two minutes on a CPU. The loss stays near 0, since r is 1 before the first update and the
+advantages of a group add up to 0: watch `reward` and `eval/pass@1`.
+
+Departures from the paper: advantages are not divided by the standard deviation, which favours prompts that
+are too easy or too hard; the loss is a mean over all tokens, so that those of long completions do not count
+less; and there is no KL by default, since rules are harder to exploit than the paper's reward model. The
+paper's own choices are --advantages grpo --loss grpo --beta 0.04 --num-minibatches 1.
 """
 
+from __future__ import annotations
+
+import contextlib
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
+import sys
 import time
+import zipfile
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import typeguard
 import tyro
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+Repeatable = Annotated[list[str], tyro.conf.UseAppendAction]  # a flag that may be given several times
 
 
 @dataclass
 class Args:
-    # Run
-    task: Literal["arithmetic", "countdown", "reviews"] = "arithmetic"
-    """generated problems; --dataset replaces them"""
-    dataset: str | None = None
-    """JSONL or Parquet file, or dataset of the Hugging Face hub as `id` or `id:configuration`"""
-    prompt_column: str = "question"
-    """column of the dataset that holds the prompt"""
-    answer_column: str = "answer"
-    """column that holds a number, at its end after `####` if it holds a whole solution as in GSM8K"""
-    model: str | None = None
-    """folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a model here and warms it up"""
-    seed: int = 1
-    """seed of the model, the problems of the training and the sampling"""
-    max_steps: int = 50
-    """steps of GRPO, each with one batch of completions"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the model is trained; auto is a GPU if there is one"""
-    checkpoint_interval: int = 10
-    """steps between checkpoints"""
-    eval_interval: int = 10
-    """steps between evaluations on held-out prompts; 0 for none"""
-    eval_prompts: int = 256
-    """held-out prompts of an evaluation"""
-    eval_samples: int = 8
-    """completions of each, k of pass@k; one greedy completion is added"""
-    resume: str | None = None
-    """run directory to resume; its arguments are loaded first"""
-    evaluate: str | None = None
-    """run directory or checkpoint file to evaluate instead of training"""
+    # Task or dataset
+    task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
+    reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
+    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration] on the Hugging Face hub
+    prompt_column: str = "question"  # column of the dataset with the prompt, as text or as messages
+    answer_column: str = "answer"  # column with a number, after #### if it is a whole solution as in GSM8K
 
-    # Model made here and its warm-up by supervised fine-tuning (SFT)
-    hidden_size: int = 128
-    """width of the residual stream; a multiple of 2 x num_heads"""
-    num_layers: int = 2
-    """transformer layers"""
-    num_heads: int = 4
-    """attention heads"""
-    sft_steps: int = 800
-    """steps of SFT on demonstrations of the task"""
-    sft_batch_size: int = 64
-    """demonstrations per step"""
-    sft_learning_rate: float = 2e-3
-    """highest step size of AdamW in the warm-up"""
+    # Model
+    model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
+    hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
+    num_layers: int = 2  # transformer layers
+    num_heads: int = 4  # attention heads
+    sft_steps: int = 800  # warm-up of that small model: steps of supervised fine-tuning on demonstrations
+    sft_batch_size: int = 64  # demonstrations per warm-up step
+    sft_learning_rate: float = 2e-3  # highest learning rate of AdamW in the warm-up
+    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; weights stay in float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
 
     # Algorithm
-    num_prompts: int = 32
-    """prompts per step, over all processes"""
-    num_generations: int = 16
-    """G: completions of each prompt, a group"""
-    max_completion_length: int | None = None
-    """tokens after which a completion is cut off; None for what the task needs"""
-    temperature: float = 1.0
-    """of the sampling, and of the log-probabilities in the loss"""
-    advantages: Literal["grpo", "dr_grpo", "rloo", "softmax"] = "dr_grpo"
-    """reward less the mean of its group (dr_grpo), over the std (grpo), of the others (rloo), or softmax"""
-    advantage_temperature: float = 1.0
-    """what the rewards are multiplied by before the softmax, so an inverse temperature"""
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
-    """averages over sequences (grpo; gspo with its ratio), a constant (dr_grpo), or tokens (dapo, cispo)"""
-    epsilon: float | None = None
-    """eps: ratios from 1 - eps on are left alone; None for the default of the loss"""
-    epsilon_high: float | None = None
-    """eps': ratios up to 1 + eps' are left alone, up to eps' with cispo; None for the default of the loss"""
-    beta: float = 0.0
-    """weight of the KL to the reference, which is the policy after the warm-up"""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of that KL"""
-    ref_model_sync_steps: int = 0
-    """steps after which the policy becomes the reference (iterative GRPO); 0 for never"""
-    num_iterations: int = 1
-    """mu: passes over the completions of a step"""
-    num_minibatches: int = 2
-    """steps of the optimizer per pass; divides the prompts of each process"""
-    micro_batch_size: int = 128
-    """completions per forward and backward pass; changes memory and speed only"""
-    dynamic_sampling: int = 0
-    """times that prompts whose answers are all right or all wrong are replaced by new ones in a step"""
-    mask_truncated_completions: bool = False
-    """leave completions that were cut off out of the loss"""
-    learning_rate: float = 5e-4
-    """highest step size of AdamW; 1e-6 to 1e-5 for pretrained models"""
-    warmup_steps: int = 5
-    """steps in which the learning rate rises to it"""
-    anneal_lr: bool = True
-    """then lower it linearly to 5 percent at max_steps"""
-    max_grad_norm: float = 1.0
-    """a gradient of a larger norm is scaled down to this one"""
-    bf16: bool = True
-    """matrix products in bfloat16 where the hardware multiplies it; weights stay in float32"""
-    gradient_checkpointing: bool = False
-    """compute activations anew in the backward pass, which saves memory"""
+    num_prompts: int = 32  # prompts per step, over all processes
+    num_generations: int = 16  # G: completions of each prompt, a group
+    max_completion_length: int | None = None  # tokens after which a completion is cut off; None: the task's
+    temperature: float = 1.0  # of the sampling, and of the log-probabilities in the loss
+    dynamic_sampling: int = 0  # times per step that groups all right or all wrong are replaced by new ones
+    advantages: Literal["grpo", "dr_grpo", "rloo", "softmax"] = "dr_grpo"  # see group_advantages
+    advantage_temperature: float = 1.0  # factor on the rewards before the softmax, an inverse temperature
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"  # see policy_loss
+    epsilon: float | None = None  # eps: ratios are clipped below 1 - eps; None: the default of the loss
+    epsilon_high: float | None = None  # eps': ratios are clipped above 1 + eps', with cispo above eps' itself
+    beta: float = 0.0  # weight of the KL to the reference, which is the policy after the warm-up
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL
+    ref_model_sync_steps: int = 0  # steps after which the policy becomes the reference; 0 for never
+    mask_truncated_completions: bool = False  # leave completions that were cut off out of the loss
+    max_steps: int = 50  # steps of GRPO, each with a batch of completions of its own
+    num_iterations: int = 1  # mu: passes over the completions of a step
+    num_minibatches: int = 2  # optimizer steps per pass; divides the prompts of each process
+    micro_batch_size: int = 128  # completions per forward and backward pass; changes memory and speed only
+    learning_rate: float = 5e-4  # highest learning rate of AdamW; 1e-6 to 1e-5 for pretrained models
+    warmup_steps: int = 5  # steps over which the learning rate rises to its highest value
+    anneal_lr: bool = True  # afterwards lower it linearly to 5 percent at max_steps
+    max_grad_norm: float = 1.0  # scale larger gradients down to this norm
+
+    # Evaluation
+    eval_interval: int = 10  # steps between evaluations on held-out prompts; 0 for none
+    eval_prompts: int = 256  # held-out prompts of an evaluation
+    eval_samples: int = 8  # completions of each, k of pass@k; one greedy completion is added
+
+    # Run
+    seed: int = 1  # seed of the model, the problems and the sampling
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is a GPU if there is one
+    checkpoint_interval: int = 10  # optimizer steps between checkpoints
+    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
+    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    resume: str | None = None  # run directory to resume; its arguments are loaded first
+    evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
     # Logging
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run directory"""
-    runs: str = "runs"
-    """folder of the run directories"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "policy-optimization"
-    """project in Weights & Biases"""
-    wandb_entity: str | None = None
-    """team in Weights & Biases"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the name of the run directory
+    runs: str = "runs"  # folder of the run directories
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "policy-optimization"  # project in Weights & Biases
+    wandb_entity: str | None = None  # team in Weights & Biases
 
-    @property
-    def task_name(self) -> str:
-        """Part of the name of the run directory."""
-        return Path(self.dataset).stem.replace(":", "-") if self.dataset else self.task
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """eps and eps' of the loss."""
         low, high = CLIP_RANGES[self.loss]
-        return low if self.epsilon is None else self.epsilon, (
-            high if self.epsilon_high is None else self.epsilon_high
-        )
-
-    def __post_init__(self) -> None:
-        counts = "max_steps checkpoint_interval eval_prompts eval_samples hidden_size num_layers num_heads "
-        counts += "sft_batch_size num_prompts num_iterations num_minibatches micro_batch_size"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in "sft_learning_rate learning_rate max_grad_norm temperature advantage_temperature".split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in "beta eval_interval sft_steps warmup_steps ref_model_sync_steps dynamic_sampling".split():
-            if not getattr(self, name) >= 0:  # not "< 0", which lets NaN through
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("epsilon", "epsilon_high", "max_completion_length"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{name} must be positive, or None for the default, got {getattr(self, name)}"
-                )
-        if self.num_generations < 2:
-            raise ValueError(
-                f"num_generations must be at least 2, a group of {self.num_generations} has no mean"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} must be a multiple of 2 x num_heads = {2 * self.num_heads}"
-            )
-        if self.num_prompts % self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches = {self.num_minibatches} must divide num_prompts = {self.num_prompts}"
-            )
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-        if self.dataset and not self.model:
-            raise ValueError("a dataset needs a model that has learned to read: give --model too")
-        if self.resume and self.evaluate:
-            raise ValueError("resume and evaluate exclude each other")
+        if self.epsilon is not None:
+            low = self.epsilon
+        if self.epsilon_high is not None:
+            high = self.epsilon_high
+        return low, high
 
 
-# What may differ when a run is resumed; with anything else it would be another run.
-MAY_CHANGE = "resume max_steps device track wandb_project_name wandb_entity".split()
+# ------------------------------------------------------------------------------------- advantages and losses
 
 
-def parse_args(arguments: list[str] | None = None) -> Args:
-    """The command line (or `arguments`); with --resume it is read on top of the arguments of that run."""
-    args = tyro.cli(Args, args=arguments)
-    if not args.resume:
-        return args
-    path = Path(args.resume) / "args.json"
-    try:
-        saved = Args(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"Cannot resume {args.resume}, {path} is not there or not of this script: {error}")
-    args = tyro.cli(Args, args=arguments, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            raise SystemExit(
-                f"--resume cannot change {name} from {value} to {getattr(args, name)}, "
-                f"only {', '.join(MAY_CHANGE)}"
-            )
-    return args
+def group_advantages(rewards: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
+    """Advantages (prompts, G) of rewards (prompts, G), each against its group.
+
+    dr_grpo: R - mean (Liu et al. 2025, section 3.1). grpo: (R - mean) / (std + 1e-4) with the sample standard
+    deviation (Shao et al. 2024, section 4.1.2), which favours prompts that are too easy or too hard. rloo: R
+    less the mean of the others (Ahmadian et al. 2024). softmax: exp(t R) / sum exp(t R) - 1 / G.
+    """
+    size = rewards.shape[1]
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if kind == "grpo":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    elif kind == "rloo":
+        advantages = advantages * size / (size - 1)
+    elif kind == "softmax":
+        advantages = (temperature * rewards).softmax(1) - 1 / size
+    # Exactly 0 where all rewards are equal: rounding would leave a little, and grpo would magnify it.
+    return advantages.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), 0.0)
 
 
-# --------------------------------------------------------------------------------------------- rewards
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, kind: str) -> Tensor:
+    """Estimates KL(policy, reference) at each token sampled from the policy (Schulman 2020).
+
+    With d = log reference - log policy: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. As part of a loss, k1 has
+    a mean gradient of 0, k2 that of KL(policy, reference), k3 that of KL(reference, policy).
+    """
+    d = (reference_log_probs - log_probs).clamp(-20, 20)  # exp overflows where a token left the reference
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d.square() / 2
+    return d.exp() - d - 1
+
+
+# eps and eps' of each loss. For CISPO eps' caps the ratio itself, at 5 as in ScaleRL (Khatri et al. 2025).
+CLIP_RANGES = {
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (0.2, 5.0),
+}
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, reference_log_probs: Tensor | None, advantages: Tensor,
+    mask: Tensor, *, loss: str, clip_low: float, clip_high: float, beta: float, kl: str = "k3",
+    max_completion_length: int, token_count: Tensor | float | None = None,
+    sequence_count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The loss, a scalar, and metrics, which are means over tokens.
+
+    Advantages (B,), all other inputs (B, T); the mask is true on the tokens of the completions, the one that
+    ends them included. The counts are those of the whole batch, so that losses, gradients and metrics of
+    micro-batches and processes add up to its own; by default those of this call. Sequences without any token
+    do not count.
+    """
+    weights = mask.to(log_probs.dtype)
+    lengths = weights.sum(1)
+    token_count = lengths.sum() if token_count is None else token_count
+    sequence_count = (lengths > 0).sum() if sequence_count is None else sequence_count
+    advantages, lengths = advantages[:, None], lengths[:, None].clamp(min=1)
+
+    log_ratio = (log_probs - old_log_probs).where(mask.bool(), 0.0).clamp(-20, 20)
+    if loss == "gspo":  # one ratio per sequence, the geometric mean (Zheng et al. 2025, equation 7)
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_probs)
+    ratio = log_ratio.exp()
+    if loss == "cispo":
+        # REINFORCE with a capped weight, so that no token loses its gradient (MiniMax 2025, equation 4).
+        lower, upper = 0.0, clip_high
+        losses = -ratio.clamp(max=upper).detach() * advantages * log_probs
+    else:
+        lower, upper = 1 - clip_low, 1 + clip_high
+        losses = -torch.min(ratio * advantages, ratio.clamp(lower, upper) * advantages)
+    too_low, too_high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
+    metrics = {
+        "clip_ratio/low_mean": too_low,
+        "clip_ratio/high_mean": too_high,
+        "clip_ratio/region_mean": too_low | too_high,
+    }
+    if reference_log_probs is not None:
+        divergence = kl_estimate(log_probs, reference_log_probs, kl)
+        losses = losses + beta * divergence
+        metrics["kl"] = divergence.detach()
+
+    losses = losses.where(mask.bool(), 0.0)
+    if loss in ("grpo", "gspo"):  # the mean over sequences of their means (Shao et al. 2024, equation 3)
+        total = (losses / lengths).sum() / sequence_count
+    elif loss == "dr_grpo":  # a constant, so that long wrong answers are not favoured (Liu et al. 2025)
+        total = losses.sum() / (sequence_count * max_completion_length)
+    else:  # the mean over all tokens (Yu et al. 2025, equation 8)
+        total = losses.sum() / token_count
+    return total, {name: (x * weights).sum() / token_count for name, x in metrics.items()}
+
+
+# ------------------------------------------------------------------------------------------- rewards and task
 #
 # A reward is a function reward(prompts, completions, **columns) -> list[float], as in TRL; the columns are
-# those of the problems. Completions are parsed and never run: they are the work of a policy that is paid for
-# finding holes. So every length is limited before anything is done that is not linear in it.
+# those of the problems. Completions are parsed and never run, since they come from a policy that is paid for
+# finding holes. So every length is limited before anything is done that takes more than linear time.
 
 
 def tagged_answer(completion: str) -> str | None:
-    """What stands in <think>...</think><answer>...</answer>, if the completion is exactly that."""
+    """The answer of <think>...</think><answer>...</answer>, or None if the completion is anything else."""
     if len(completion) > 100_000:
         return None
     text = completion.strip()
@@ -247,18 +259,15 @@ def tagged_answer(completion: str) -> str | None:
     thought, _, answer = text.partition("</think>")
     answer = answer.strip()
     if thought.startswith("<think>") and answer.startswith("<answer>") and answer.endswith("</answer>"):
-        return answer[len("<answer>") : -len("</answer>")].strip()
+        return answer.removeprefix("<answer>").removesuffix("</answer>").strip()
     return None
 
 
-def last_answer(completion: str) -> str:
-    """What stands after the last <answer> near the end, or the end if there is none; for lenient scores."""
-    return completion[-1000:].rpartition("<answer>")[2].partition("</answer>")[0].strip()
-
-
 def last_number(completion: str) -> str | None:
-    """The last number of the last answer, whatever stands around it."""
-    return (re.findall(r"-?\d[\d,]*(?:\.\d+)?", last_answer(completion), re.ASCII) or [None])[-1]
+    """The last number of the last answer, whatever stands around it; for the lenient score."""
+    answer = completion[-1000:].rpartition("<answer>")[2].partition("</answer>")[0]
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer, re.ASCII)
+    return numbers[-1] if numbers else None
 
 
 def parse_number(text: str | None) -> Fraction | None:
@@ -267,42 +276,6 @@ def parse_number(text: str | None) -> Fraction | None:
         return None
     text = text.strip().removeprefix("$").replace(",", "")
     return Fraction(text) if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) else None
-
-
-def parse_expression(text: str | None) -> tuple[Fraction, list[int]] | None:
-    """Value and numbers of an expression of whole numbers, + - * / and brackets, or None if it is none."""
-    if text is None or len(text) > 100 or not re.fullmatch(r"[\d\s()+\-*/]+", text, re.ASCII):
-        return None
-    tokens = re.findall(r"\d+|\S", text) + ["end"]
-    numbers = []
-
-    def atom() -> Fraction:
-        token = tokens.pop(0)
-        if token == "(":
-            value = add()
-            if tokens.pop(0) != ")":
-                raise ValueError("a bracket is not closed")
-            return value
-        numbers.append(int(token))  # a ValueError for anything but digits
-        return Fraction(numbers[-1])
-
-    def multiply() -> Fraction:
-        value = atom()
-        while tokens[0] in "*/":
-            value = value * atom() if tokens.pop(0) == "*" else value / atom()
-        return value
-
-    def add() -> Fraction:
-        value = multiply()
-        while tokens[0] in "+-":
-            value = value + multiply() if tokens.pop(0) == "+" else value - multiply()
-        return value
-
-    try:
-        value = add()
-    except (ValueError, ZeroDivisionError):
-        return None
-    return (value, numbers) if tokens == ["end"] else None
 
 
 def format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
@@ -318,131 +291,32 @@ def number_reward(
     return [float(x is not None and x == parse_number(right)) for x, right in zip(values, answer)]
 
 
-def countdown_reward(
-    prompts: list[str],
-    completions: list[str],
-    numbers: list[list[int]],
-    target: list[int],
-    extract=tagged_answer,
-    **columns: list,
-) -> list[float]:
-    """1 for an expression that has the target as its value and uses each of the numbers once."""
-    parsed = [parse_expression(extract(completion)) for completion in completions]
-    return [
-        float(x is not None and x[0] == value and sorted(x[1]) == sorted(given))
-        for x, given, value in zip(parsed, numbers, target)
-    ]
-
-
-ADJECTIVES = {"awful": -2, "boring": -1, "weak": -1, "plain": 0, "odd": 0, "long": 0}
-ADJECTIVES |= {"nice": 1, "funny": 1, "superb": 2}
-SUBJECTS = [  # the words of "the short film by the young director", which is what a review is about
-    "short new old quiet loud strange".split(),
-    "film novel play song show game".split(),
-    "young famous local foreign retired unknown".split(),
-    "director writer artist band student team".split(),
-]
-PARTS = "plot cast music acting ending".split()
-WORDS = [*sum(SUBJECTS, []), *PARTS, *ADJECTIVES, *"by the was very not and but".split()]
-CLAUSE = rf"was (?:(?:not|very) )?(?:{'|'.join(ADJECTIVES)})"
-REVIEW = re.compile(rf" {CLAUSE}(?:, (?:and|but) the (?:{'|'.join(PARTS)}) {CLAUSE})*\.")
-
-
-def proper_review(completion: str) -> str | None:
-    """The completion if it is one sentence of a review in the words of the task, or None."""
-    return completion if len(completion) <= 1000 and REVIEW.fullmatch(completion) else None
-
-
-def sentiment_reward(
-    prompts: list[str], completions: list[str], extract=proper_review, **columns: list
-) -> list[float]:
-    """How favourable a review is, from 0 to 1: sigmoid of half the sum of its adjectives; 0 for no review.
-
-    "very" doubles an adjective, "not" turns it around.
-    """
-    rewards = []
-    for text in map(extract, completions):
-        words = re.findall(r"[a-z]+", text[:1000]) if text else []
-        factors = [{"not": -1, "very": 2}.get(word, 1) for word in ["", *words]]
-        total = sum(factor * ADJECTIVES.get(word, 0) for factor, word in zip(factors, words))
-        rewards.append(1 / (1 + math.exp(-total / 2)) if text else 0.0)
-    return rewards
-
-
-# ----------------------------------------------------------------------------------------------- tasks
-
-
-def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the tenth that is never trained on, here or in the warm-up.
-
-    By checksum: a linear rule such as (a + b) % 10 == 0 would hold out problems of one kind.
-    """
-    return zlib.crc32(prompt.encode()) % 10 == 0
-
-
-class Task(ABC):
-    """Generated problems. A task of your own is a subclass with these members, named where the others are.
-
-    Problem i is a function of the seed and i, so that the position in the data is one number. The model made
-    here reads and writes what VOCABULARY has; characters that a task needs are added there.
-    """
-
-    rewards: dict[str, tuple[Callable, float]]  # name: (function, weight), the one that matters most first
-    lenient: Callable  # finds an answer in a completion of another format, to be evaluated only
-    max_completion_length: int
-
-    @abstractmethod
-    def problem(self, rng: random.Random) -> dict:
-        """`prompt`, `question` for a model with a chat template, and columns for the rewards."""
-
-    def demonstration(self, problem: dict, rng: random.Random) -> str:
-        """A completion to learn from in the warm-up; need not be right, nor be there with --model."""
-        raise SystemExit(
-            "The task has no demonstrations to warm a model up with; write them, or give --model"
-        )
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def draw(self, key: str, held_out: bool) -> dict:
-        rng = random.Random(key)
-        for _ in range(10_000):
-            problem = self.problem(rng)
-            if is_held_out(problem["prompt"]) == held_out:
-                return problem
-        raise SystemExit(f"The task has too few different prompts to hold out a tenth of them: {problem}")
-
-    def train_problem(self, index: int) -> dict:
-        return self.draw(f"train {self.seed} {index}", held_out=False)
-
-    def held_out_problems(self, count: int) -> list[dict]:
-        return [self.draw(f"held out {index}", held_out=True) for index in range(count)]
-
-
 INSTRUCTION = (
     "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
 )
-# Of the model made here: a token for each tag, character and word.
-VOCABULARY = "<pad> <bos> <eos> <think> </think> <answer> </answer>".split() + [*"\n0123456789+-*/()=,."]
-VOCABULARY += ["the", *(f" {word}" for word in WORDS)]  # with the space before it
 
 
-class Arithmetic(Task):
+class Arithmetic:
     """Sums of two numbers of three digits, with the digits added one by one in a scratch pad.
 
-    The demonstrator is sloppy: he often forgets a carry, slips, or guesses without thinking (a round number
-    mostly), and the model learns these habits too. What GRPO has to find is which of them to drop.
+    The demonstrator is sloppy: it often forgets a carry, slips, or guesses without thinking, mostly a round
+    number. The model learns these habits too, and GRPO has to find out which of them to drop.
+    examples/countdown.py shows how to write a task of your own.
     """
 
-    rewards = {"correctness": (number_reward, 1.0), "format": (format_reward, 0.5)}
-    lenient = staticmethod(last_number)
+    rewards = {"correctness": (number_reward, 1.0), "format": (format_reward, 0.5)}  # (function, weight)
+    lenient = partial(number_reward, extract=last_number)  # of any format, for eval/accuracy_lenient
     max_completion_length = 38
+    # The tokens of the model made here, beside <pad>, <bos> and <eos>.
+    vocabulary = ["<think>", "</think>", "<answer>", "</answer>", *"\n0123456789+-*/()=,."]
 
     def problem(self, rng: random.Random) -> dict:
+        """`prompt`, `question` for a model with a chat template, and columns for the rewards."""
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
         return {"prompt": f"{a}+{b}=", "question": f"What is {a} + {b}? {INSTRUCTION}", "answer": str(a + b)}
 
     def demonstration(self, problem: dict, rng: random.Random) -> str:
+        """A completion for the warm-up."""
         if rng.random() < 0.3:
             guess = problem["answer"] if rng.random() < 0.1 else 100 * rng.randrange(2, 20)
             return f"<think></think><answer>{guess}</answer>"
@@ -450,218 +324,445 @@ class Arithmetic(Task):
         a, b = problem["prompt"].rstrip("=").split("+")
         for x, y in zip(reversed(a), reversed(b)):
             carry = carry and int(rng.random() >= 0.6)
-            result = int(x) + int(y) + carry + (rng.choice((-1, 1)) if rng.random() < 0.03 else 0)
+            slip = rng.choice((-1, 1)) if rng.random() < 0.03 else 0
+            result = int(x) + int(y) + carry + slip
             lines.append(f"{x}+{y}{'+1' if carry else ''}={result}")
             digits.append(result % 10)
             carry = int(result > 9)
-        digits[-1] = result  # the last line carries to nowhere
+        digits[-1] = result  # the last line has nowhere to carry to
         answer = "".join(str(digit) for digit in reversed(digits))
         return "<think>" + "\n".join(lines) + f"</think><answer>{answer}</answer>"
 
 
-class Countdown(Task):
-    """An expression of three or four numbers that has a given value; solvable, since one was made first.
+TASKS = {"arithmetic": Arithmetic}
 
-    The demonstrator tries up to three expressions, and often gives up before the right one.
+
+# --------------------------------------------------------------------------------------------------- rollout
+
+
+class Group(NamedTuple):
+    """G completions of one prompt, with their rewards."""
+
+    prompt: list[int]
+    completions: Completions
+    texts: list[str]
+    rewards: dict[str, Tensor]  # (G,) each: those of the task by name, and their weighted sum as "reward"
+
+    @property
+    def correctness(self) -> Tensor:
+        """The first reward of the task (G,)."""
+        return next(iter(self.rewards.values()))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some completions are better than others."""
+        return bool(self.correctness.max() > self.correctness.min())
+
+
+def sample_groups(
+    model: Transformer, task, problems: list[dict], uniforms: Tensor, temperature: float
+) -> list[Group]:
+    """A group for each of P problems, from random numbers `uniforms` (P, G, C), one for each token."""
+    P, G, C = uniforms.shape
+    prompts = encode_prompts(model, problems, C)
+    completions = generate(model, prompts, uniforms.to(model.device), temperature)
+    texts = model.decode(completions.tokens)
+    rewards = score(task, [problem for problem in problems for _ in range(G)], texts)
+    groups = []
+    for i, prompt in enumerate(prompts):
+        rows = slice(i * G, (i + 1) * G)
+        mine = {name: values[rows] for name, values in rewards.items()}
+        groups.append(Group(prompt, Completions(*(x[rows] for x in completions)), texts[rows], mine))
+    return groups
+
+
+def collect_rollout(model: Transformer, task, position: int, args: Args) -> tuple[list[Group], int]:
+    """The groups of a step for this process, and how many prompts all processes have sampled from.
+
+    With dynamic sampling (Yu et al. 2025, section 3.2), groups whose answers are all right or all wrong make
+    room for others. Correctness decides and not the reward: the format alone would keep a group.
     """
+    rank, world = rank_and_world()
+    share, sampled, groups = args.num_prompts // world, 0, []
+    for _ in range(args.dynamic_sampling + 1):
+        # All processes draw all numbers, so that the completions do not depend on how many there are.
+        uniforms = torch.rand(args.num_prompts, args.num_generations, args.max_completion_length)
+        first = rank * share
+        problems = [draw(task, args.seed, position + sampled + first + i) for i in range(share)]
+        groups += sample_groups(model, task, problems, uniforms[first : first + share], args.temperature)
+        sampled += args.num_prompts
+        missing = max(share - sum(group.is_mixed for group in groups), 0)
+        if sum_over_ranks(torch.tensor(missing, device=model.device)) == 0:
+            break
+    if len(groups) > share:
+        groups = sorted(groups, key=lambda group: not group.is_mixed)[:share]  # mixed ones first
+    return groups, sampled
 
-    rewards = {"correctness": (countdown_reward, 1.0), "format": (format_reward, 0.5)}
-    lenient = staticmethod(last_answer)
-    max_completion_length = 120
 
-    def expression(self, numbers: list[int], rng: random.Random) -> tuple[str, Fraction]:
-        numbers = rng.sample(numbers, len(numbers))
-        text, value = str(numbers[0]), Fraction(numbers[0])
-        for i, number in enumerate(numbers[1:]):
-            # A division only where it leaves no remainder.
-            operator = rng.choice("+-*/" if value % number == 0 else "+-*")
-            bracket = i and operator in "*/"
-            text = f"({text}){operator}{number}" if bracket else f"{text}{operator}{number}"
-            value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[
-                operator
-            ]
-        return text, value
+# ---------------------------------------------------------------------------------------------------- update
 
-    def problem(self, rng: random.Random) -> dict:
-        while True:
-            numbers = [rng.randrange(1, 26) for _ in range(rng.choice((3, 4)))]
-            solution, target = self.expression(numbers, rng)
-            if 10 <= target <= 99:
-                break
-        listed = ",".join(map(str, numbers))
-        question = f"Write an expression with the value {target} that uses each of {listed} exactly once."
-        return {
-            "prompt": f"{listed}={target}",
-            "question": f"{question} {INSTRUCTION}",
-            "numbers": numbers,
-            "target": int(target),
-            "solution": solution,
+
+class Batch(NamedTuple):
+    """B completions, and what the loss needs to know of them."""
+
+    sequences: list[Sequence]  # prompt and completion
+    advantages: Tensor  # (B,)
+    mask: Tensor  # (B, C), True on the tokens in the loss
+    old_log_probs: Tensor  # (B, C), those of the sampler, since it was the policy that acted
+    reference_log_probs: Tensor | None  # (B, C)
+
+    def select(self, rows: Tensor) -> Batch:
+        """Some of the rows, cut where the longest of their completions ends."""
+        sequences = [self.sequences[i] for i in rows.tolist()]
+        end = max(len(completion) for _, completion in sequences)
+        columns = [None if x is None else x[rows, :end] for x in self[2:]]
+        return Batch(sequences, self.advantages[rows], *columns)
+
+
+def make_batch(groups: list[Group], advantages: Tensor, reference: Transformer | None, args: Args) -> Batch:
+    """The completions of all groups, with advantages (groups, G) and what the reference makes of them."""
+    completions = [group.completions for group in groups]
+    sequences = [Sequence(group.prompt, tokens) for group in groups for tokens in group.completions.tokens]
+    old_log_probs = torch.cat([x.log_probs for x in completions])
+    (_, length), device = old_log_probs.shape, old_log_probs.device
+    ends = torch.tensor([len(tokens) for _, tokens in sequences], device=device)
+    mask = torch.arange(length, device=device) < ends[:, None]
+    if args.mask_truncated_completions:
+        mask &= torch.cat([x.finished for x in completions])[:, None]
+    reference_log_probs = None
+    if reference is not None:
+        reference_log_probs = log_probs_under(reference, sequences, length, args)
+    return Batch(sequences, advantages.flatten().to(device), mask, old_log_probs, reference_log_probs)
+
+
+@torch.no_grad()
+def log_probs_under(model: Transformer, sequences: list[Sequence], length: int, args: Args) -> Tensor:
+    """Log-probabilities (B, length) of the tokens of completions, in micro-batches; 0 past the end of one."""
+    out = torch.zeros(len(sequences), length, device=model.device)
+    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
+        log_probs = completion_log_probs(model, [sequences[i] for i in rows], args.temperature)
+        out[rows, : log_probs.shape[1]] = log_probs
+    return out
+
+
+def take_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
+) -> dict[str, float]:
+    """One step of the optimizer on a minibatch; returns metrics, none if there is nothing to learn from."""
+    kept = batch.mask.any(1)
+    token_count, sequence_count = sum_over_ranks(torch.stack((batch.mask.sum(), kept.sum())))
+    if args.beta == 0:
+        # Without a KL, a completion without an advantage has no gradient: it counts, but is not computed.
+        kept &= batch.advantages != 0
+    if sum_over_ranks(kept.sum()) == 0:
+        return {}  # no step at all: AdamW would still move by its momentum
+    if not kept.any():
+        kept[0] = True  # so that this process takes part in the sums over all of them
+    clip_low, clip_high = args.clip_range
+    totals, gaps = {}, []
+    for rows in kept.nonzero()[:, 0].split(args.micro_batch_size):
+        micro = batch.select(rows)
+        log_probs = completion_log_probs(model, micro.sequences, args.temperature)
+        loss, metrics = policy_loss(
+            log_probs, micro.old_log_probs, micro.reference_log_probs, micro.advantages, micro.mask,
+            loss=args.loss, clip_low=clip_low, clip_high=clip_high, beta=args.beta, kl=args.kl,
+            max_completion_length=args.max_completion_length,
+            token_count=token_count, sequence_count=sequence_count,
+        )  # fmt: skip
+        loss.backward()
+        for name, value in (metrics | {"loss": loss.detach()}).items():
+            totals[name] = totals.get(name, 0) + value
+        gaps.append((log_probs.detach() - micro.old_log_probs)[micro.mask].abs())
+    metrics = {name: sum_over_ranks(value).item() for name, value in sorted(totals.items())}
+    gaps = torch.cat(gaps)
+    metrics["logp_difference/mean"] = gaps.sum().item() / max(len(gaps), 1)
+    metrics["logp_difference/max"] = F.pad(gaps, (0, 1)).max().item()  # 0 if there is none
+    return metrics | {"grad_norm": optimizer_step(model, optimizer, args.max_grad_norm)}
+
+
+def rollout_metrics(groups: list[Group], device: torch.device) -> dict[str, float]:
+    """Means over the completions of a step, over all processes."""
+    finished = torch.cat([group.completions.finished for group in groups])
+    entropy = -torch.cat([group.completions.log_probs for group in groups]).sum(1)
+    lengths = torch.tensor([len(tokens) for group in groups for tokens in group.completions.tokens])
+    rewards = {name: torch.stack([group.rewards[name] for group in groups]) for name in groups[0].rewards}
+    total = rewards.pop("reward")  # (P, G)
+    metrics = {
+        "reward": total.mean(),
+        "reward_std": total.std(1).mean(),
+        "frac_reward_zero_std": (total.amax(1) == total.amin(1)).float().mean(),
+        "completions/mean_length": lengths.float().mean(),
+        "completions/clipped_ratio": 1 - finished.float().mean(),
+        "entropy": entropy.mean(),  # of a whole completion, estimated from what was sampled
+    } | {f"rewards/{name}/mean": values.mean() for name, values in rewards.items()}
+    means = torch.stack([value.float().to(device) for value in metrics.values()])
+    means = sum_over_ranks(means) / rank_and_world()[1]
+    metrics = dict(zip(metrics, means.tolist()))
+    metrics["entropy"] /= metrics["completions/mean_length"]
+    return metrics
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, run: Run) -> None:
+    """GRPO (Shao et al. 2024, algorithm 1)."""
+    task = make_task(args)
+    model = load_model(task, args, run)
+    if args.dataset:
+        task = Dataset(task, model, args)
+    length = args.max_completion_length or task.max_completion_length
+    args = dataclasses.replace(args, max_completion_length=length)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    position, num_tokens = torch.tensor(0), torch.tensor(0)  # in the problems; of all completions so far
+    counts = {"position": position, "num_tokens": num_tokens}
+    run.start(model=model, reference=reference, optimizer=optimizer, **counts)
+    warm_up(model, optimizer, task, args, run)
+    if run.step == 0 and not args.evaluate:
+        reference.load_state_dict(model.state_dict())
+        export(model, run.path / "reference")  # so that a resumed run does not need --model
+
+    for _ in run.iterations(partial(evaluate, model, reference, task, args, run)):
+        learning_rate = args.learning_rate * schedule(run.step, args)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        if args.ref_model_sync_steps and run.step > 1 and (run.step - 1) % args.ref_model_sync_steps == 0:
+            reference.load_state_dict(model.state_dict())  # iterative GRPO: algorithm 1, line 3
+
+        # 1. Sample a group of completions of each prompt, and score them.
+        with run.precision:
+            groups, sampled_prompts = collect_rollout(model, task, int(position), args)
+        position += sampled_prompts
+        rollout_seconds = run.seconds
+
+        # 2. Judge each completion against its group.
+        rewards = torch.stack([group.rewards["reward"] for group in groups])  # (prompts, G)
+        advantages = group_advantages(rewards, args.advantages, args.advantage_temperature)
+        with run.precision:
+            batch = make_batch(groups, advantages, reference if args.beta else None, args)
+
+        # 3. Learn. A minibatch has whole groups, the same ones whatever the number of processes.
+        updates, rows = [], torch.arange(len(batch.sequences), device=model.device).view(len(groups), -1)
+        for _ in range(args.num_iterations):
+            for i in range(args.num_minibatches):
+                minibatch = batch.select(rows[i :: args.num_minibatches].flatten())
+                with run.precision:  # for one step only: it caches casts of the weights, which change
+                    updates.append(take_step(model, optimizer, minibatch, args))
+        updates = [update for update in updates if update]
+
+        # 4. Log.
+        seconds = run.seconds
+        metrics = rollout_metrics(groups, model.device)
+        for name in updates[0] if updates else ():
+            # Sampler and trainer are compared before the first update, which drives them apart.
+            values = [x[name] for x in updates[: 1 if name.startswith("logp_difference") else None]]
+            metrics[name] = sum(values) / len(values)
+        tokens = round(metrics["completions/mean_length"] * args.num_prompts * args.num_generations)
+        num_tokens += tokens
+        metrics |= {
+            "learning_rate": learning_rate,
+            "num_tokens": num_tokens,
+            "updates": len(updates),
+            "sampled_prompts": sampled_prompts,
+            "time/rollout": rollout_seconds,
+            "time/update": seconds - rollout_seconds,
+            "perf/generated_tokens_per_second": tokens / rollout_seconds,
+            "perf/tokens_per_second": tokens / seconds,
         }
-
-    def demonstration(self, problem: dict, rng: random.Random) -> str:
-        tries = [self.expression(problem["numbers"], rng) for _ in range(rng.randrange(4))]
-        if not tries or rng.random() < 0.5:
-            tries.append((problem["solution"], problem["target"]))
-        lines = "\n".join(f"{text}={value}" for text, value in tries)
-        return f"<think>{lines}</think><answer>{tries[-1][0]}</answer>"
+        run.log(metrics)
+        if not updates:
+            say(f"Warning: at step {run.step:,} all rewards of each group are equal: nothing to learn from")
 
 
-class Reviews(Task):
-    """A sentence that goes on with a review; the more favourable the better, as in the paper on DPO.
+# ======================================================================================================
+# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
+# ======================================================================================================
 
-    Rafailov et al. (2023, section 6.1) let a model go on with film reviews and take the probability that a
-    classifier finds them positive as the true reward. Here words are drawn, and their sum is the judge.
-    """
+EVALUATION_SEED = 1_000_000_000  # added to the seed: evaluations share no random numbers with the training
 
-    rewards = {"sentiment": (sentiment_reward, 1.0)}
-    lenient = staticmethod(str)  # any words
-    max_completion_length = 32
+LIMITS = {  # the interval that flags have to lie in
+    "[1, inf)": """max_steps checkpoint_interval eval_prompts eval_samples hidden_size num_layers num_heads
+                   sft_batch_size num_prompts num_iterations num_minibatches micro_batch_size
+                   max_completion_length""",
+    "[2, inf)": "num_generations",
+    "[0, inf)": "eval_interval sft_steps warmup_steps ref_model_sync_steps dynamic_sampling beta",
+    "(0, inf)": """learning_rate sft_learning_rate max_grad_norm temperature advantage_temperature epsilon
+                   epsilon_high checkpoint_minutes""",
+    "[0, 4294967296)": "seed",
+}
 
-    def problem(self, rng: random.Random) -> dict:
-        size, kind, fame, maker = (rng.choice(words) for words in SUBJECTS)
-        prompt = f"the {size} {kind} by the {fame} {maker}"
-        return {"prompt": prompt, "question": f"Go on with this review in one sentence: {prompt}"}
 
-    def demonstration(self, problem: dict, rng: random.Random) -> str:
-        """One to four clauses by somebody whose mood tells in most of them."""
-        mood, clauses = rng.choice((-1, -1, 1)), []
-        for _ in range(rng.randrange(1, 5)):
-            adverb = rng.choice(("", "", "not ", "very "))
-            value = -mood if adverb == "not " else mood
-            fitting = [word for word, x in ADJECTIVES.items() if x * value > 0 or rng.random() < 0.3]
-            clauses.append(f"was {adverb}{rng.choice(fitting or [*ADJECTIVES])}")
-        rest = (f", {rng.choice(('and', 'but'))} the {rng.choice(PARTS)} {clause}" for clause in clauses[1:])
-        return f" {clauses[0]}{''.join(rest)}."
+def check(args: Args) -> None:
+    """Raises ValueError, with a sentence, for flags that cannot work."""
+    check_limits(args)
+    width, heads = args.hidden_size, 2 * args.num_heads
+    if width % heads:
+        raise ValueError(f"hidden_size = {width} must be a multiple of 2 x num_heads = {heads}")
+    prompts, minibatches = args.num_prompts, args.num_minibatches
+    if prompts % minibatches:
+        raise ValueError(f"num_minibatches = {minibatches} must divide num_prompts = {prompts}")
+    if args.dataset and not (args.model or args.resume or args.evaluate):  # which have a model
+        raise ValueError("a dataset needs a model that has learned to read: give --model too")
+
+
+def check_limits(args: Args) -> None:
+    """Raises ValueError for a flag outside of LIMITS; None lies in all of them."""
+    for interval, names in LIMITS.items():
+        low, high = map(float, interval[1:-1].split(", "))
+        for name in names.split():
+            value = getattr(args, name)
+            on_bound = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+            if value is not None and not (low < value < high or on_bound):  # NaN is in no interval
+                raise ValueError(f"{name} must lie in {interval}, got {value}")
+    if sum(x is not None for x in (args.resume, args.evaluate, args.run_name)) > 1:
+        raise ValueError("resume, evaluate and run_name exclude each other")
+
+
+# ---------------------------------------------------------------------------------------------------- dataset
 
 
 class Dataset:
-    """In place of a task: prompts with numbers as answers, of a file or the hub, shuffled in every pass."""
+    """Problems from a file or the hub, judged by the rewards of a task; shuffled anew in every pass.
 
-    rewards = Arithmetic.rewards
-    lenient = staticmethod(last_number)
+    A prompt is a text, to which chat models get INSTRUCTION, or a conversation, which is taken as it is. All
+    columns are passed to the rewards. Rows of no use are dropped and counted.
+    """
+
     max_completion_length = 256
 
-    def __init__(self, args: Args):
-        self.seed = args.seed
+    def __init__(self, task, model: Transformer, args: Args):
+        self.rewards, self.lenient = task.rewards, getattr(task, "lenient", None)
+        wants_number = any(function is number_reward for function, _ in self.rewards.values())
+        has_template = bool(model.tokenizer.chat_template)
+        rows, problems, dropped = read_rows(args.dataset), [], Counter()
+        columns = dict.fromkeys(column for row in rows for column in row)
+        for column in (args.prompt_column, args.answer_column):
+            if column not in columns:
+                raise SystemExit(f"{args.dataset} has no column {column}; there are: {', '.join(columns)}")
+        for row in rows:
+            question, answer = row.get(args.prompt_column), str(row.get(args.answer_column))
+            prompt, answer = question, answer.rpartition("####")[2].strip()
+            if isinstance(question, str):
+                question = f"{prompt} {INSTRUCTION}"
+            elif isinstance(question, list) and all(map(is_message, question)) and has_template:
+                prompt = "\n".join(message["content"] for message in question)
+            else:
+                prompt = ""
+            if not prompt.strip():
+                dropped["without a usable prompt"] += 1
+            elif wants_number and parse_number(answer) is None:
+                dropped["without a number as the answer"] += 1
+            else:
+                problem = {column: row.get(column) for column in columns}
+                problems.append(problem | {"prompt": prompt, "question": question, "answer": answer})
+        room = model.config["max_position_embeddings"]
+        room -= args.max_completion_length or self.max_completion_length
         self.parts = {False: [], True: []}  # by is_held_out
-        for number, row in enumerate(read_rows(args.dataset), 1):
-            for column in (args.prompt_column, args.answer_column):
-                if column not in row:
-                    columns = ", ".join(map(str, row)) or "none"
-                    raise SystemExit(
-                        f"{args.dataset}, row {number}: no column {column}; there are: {columns}"
-                    )
-            prompt, answer = str(row[args.prompt_column]), str(row[args.answer_column])
-            answer = answer.rpartition("####")[2].strip()
-            if parse_number(answer) is None:
-                raise SystemExit(f"{args.dataset}, row {number}: the answer {answer[:50]!r} is not a number")
-            problem = {"prompt": prompt, "question": f"{prompt} {INSTRUCTION}", "answer": answer}
-            self.parts[is_held_out(prompt)].append(problem)
+        for problem, tokens in zip(problems, encode_prompts(model, problems, None)):
+            if len(tokens) > room:
+                dropped["too long for the context"] += 1
+            else:
+                self.parts[is_held_out(problem["prompt"])].append(problem)
+        if dropped:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+            say(f"Dropped of the {len(rows):,} rows of {args.dataset}: {reasons}")
         if not all(self.parts.values()):
-            raise SystemExit(f"{args.dataset} has too few rows to hold out a tenth of them")
-        self.order = (-1, [])  # the permutation of a pass
+            raise SystemExit(f"{args.dataset} has too few rows of use to hold out a tenth of them")
 
-    def train_problem(self, index: int) -> dict:
-        rows = self.parts[False]
+    def draw(self, seed: int, index: int, held_out: bool) -> dict:
+        """Problem `index`; see the function of this name."""
+        rows = self.parts[held_out]
+        if held_out:
+            return rows[index]
         epoch, i = divmod(index, len(rows))
-        if self.order[0] != epoch:
-            self.order = epoch, random.Random(f"{self.seed} {epoch}").sample(range(len(rows)), len(rows))
-        return rows[self.order[1][i]]
-
-    def held_out_problems(self, count: int) -> list[dict]:
-        return self.parts[True][:count]
+        return rows[shuffled(seed, epoch, len(rows))[i]]
 
 
-def read_rows(source: str) -> list[dict]:
-    """The rows of a JSONL or Parquet file, or of the training split of a dataset of the hub."""
-    path = Path(source)
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix in (".jsonl", ".json"):
-            rows = []
-            for number, line in enumerate(path.open(encoding="utf-8"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise SystemExit(f"{source}, line {number} is not JSON: {error}")
-                if not isinstance(rows[-1], dict):
-                    raise SystemExit(f"{source}, line {number} is not a JSON object")
-            return rows
-        if path.is_file():
-            raise SystemExit(f"{source} is of another kind than .jsonl, .json and .parquet")
-        import datasets
-
-        name, _, configuration = source.partition(":")
-        return list(datasets.load_dataset(name, configuration or None, split="train"))
-    except ImportError as error:
-        raise SystemExit(f"Reading {source} needs another package: {error}")
-    except Exception as error:
-        raise SystemExit(f"Cannot read the dataset {source}: {str(error).splitlines()[0]}")
+@lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins
+def shuffled(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of the units in a pass over the data."""
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-# ----------------------------------------------------------------------------------------------- model
+def is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("role", "content"))
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+def evaluate(
+    model: Transformer, reference: Transformer, task, args: Args, run: Run
+) -> tuple[dict[str, float], list[dict]]:
+    """Metrics on held-out problems and a few completions; no generator of the training is drawn from.
+
+    The first reward counts as correctness. If it is graded, pass@1 is its mean, pass@k that of the best of k.
+    """
+    (rank, world), k, lenient = rank_and_world(), args.eval_samples, getattr(task, "lenient", None)
+    count = min(args.eval_prompts, len(task.parts[True])) if args.dataset else args.eval_prompts
+    problems = [draw(task, args.seed, i, held_out=True) for i in range(count)]
+    generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED)
+    uniforms = torch.rand(count, k, args.max_completion_length, generator=generator)
+    names = ["pass@1", f"pass@{k}", "greedy_pass@1", "mean_length", "clipped_ratio", "kl_to_reference"]
+    names += ["accuracy_lenient"] if lenient else []
+    totals, samples = torch.zeros(len(names), dtype=torch.float64), []
+    size = max(args.num_prompts * args.num_generations // world // k, 1)  # as many rows as in training
+    for first in range(rank * size, count, world * size):
+        part = slice(first, first + size)
+        with run.precision:
+            groups = sample_groups(model, task, problems[part], uniforms[part], args.temperature)
+            greedy = sample_groups(model, task, problems[part], uniforms[part, :1], 0.0)
+            # log(policy / reference) of whole completions; one of each prompt is enough.
+            sequences = [Sequence(group.prompt, group.completions.tokens[0]) for group in groups]
+            log_probs = torch.stack([group.completions.log_probs[0] for group in groups])
+            log_ratios = log_probs - log_probs_under(reference, sequences, log_probs.shape[1], args)
+        for problem, group, best, log_ratio in zip(problems[part], groups, greedy, log_ratios.sum(1)):
+            tokens, _, finished = group.completions
+            values = [group.correctness.mean(), group.correctness.max(), best.correctness[0]]
+            values += [sum(map(len, tokens)) / k, 1 - finished.float().mean(), log_ratio]
+            values += [call_reward("lenient", lenient, [problem] * k, group.texts).mean()] if lenient else []
+            totals += torch.tensor([float(x) for x in values], dtype=torch.float64)
+            sample = {"prompt": problem["prompt"], "completion": group.texts[0]}
+            sample |= {name: rewards[0].item() for name, rewards in group.rewards.items()}
+            samples.append(sample | {"length": len(tokens[0]), "finished": finished[0].item()})
+    totals = sum_over_ranks(totals.to(model.device, torch.float32)) / count
+    return dict(zip(names, totals.tolist())), samples[:8]
 
 
-def rotary_frequencies(config: dict) -> tuple[torch.Tensor, float]:
-    """Angles per position (D / 2,) of the rotary embedding (Su et al. 2021), and a factor on cos and sin.
+# ------------------------------------------------------------------------------------------------------ model
 
-    Old files have rope_theta and rope_scaling, newer ones both in rope_parameters.
+
+def rotary_frequencies(config: dict) -> Tensor:
+    """Angle per position (D / 2,) of each pair of dimensions (Su et al. 2021), with the scaling of Llama 3.
+
+    Older files have rope_theta and rope_scaling, newer ones have both in rope_parameters.
     """
     rope = {"rope_theta": config.get("rope_theta", 10000.0)} | (config.get("rope_scaling") or {})
     rope |= config.get("rope_parameters") or {}
-    size, theta, factor = config["head_dim"], rope["rope_theta"], rope.get("factor", 1.0)
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    turns = original * frequencies / (2 * math.pi)  # of each pair of dimensions over the original context
-    if (
-        rope.get("partial_rotary_factor", 1) != 1
-        or rope.get("mscale_all_dim")
-        or not rope.get("truncate", True)
-    ):
-        kind += " with partial_rotary_factor, mscale_all_dim or truncate"
-    if kind == "default":
-        return frequencies, 1.0
-    if kind == "linear":
-        return frequencies / factor, 1.0
-    if kind == "llama3":  # few turns are slowed down by `factor`, many are kept, with a ramp between
+    size, kind = config["head_dim"], rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rotary positions of type {kind} are not supported, only full default and llama3")
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    frequencies = rope["rope_theta"] ** -exponents
+    if kind == "llama3":  # pairs that turn slowly are slowed down by `factor`, fast ones are kept
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / factor), 1.0
-    if kind == "yarn":  # the same idea, with a ramp over the dimensions (Peng et al. 2023, section 3.2)
-        edges = (
-            size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-            for rotations in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
-        )
-        low, high = max(math.floor(next(edges)), 0), min(math.ceil(next(edges)), size - 1)
-        keep = 1 - ((torch.arange(size // 2) - low) / (high - low or 0.001)).clamp(0, 1)
-        scale = rope.get("attention_factor") or 0.1 * math.log(max(factor, 1)) + 1
-        return frequencies * (keep + (1 - keep) / factor), scale
-    raise SystemExit(f"The model has rotary positions of type {kind}; known: default, linear, llama3, yarn")
+        frequencies = frequencies * (keep + (1 - keep) / rope["factor"])
+    return frequencies
 
 
-def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + D / 2) of x (B, T, heads, D) by their angles."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention (B, T, heads, D) of queries q (B, T, heads, D) to keys and values (B, key heads, S, D).
 
-    Queries that share a key (Ainslie et al. 2023) are put one after another, and so are the rows of `mask`
-    (B or 1, groups T, S), which is added to the scores. On a CPU written out: there the kernel of PyTorch is
-    slower for small models.
+    `mask` (B or 1, groups T, S) is added to the scores. Queries that share a key head (Ainslie et al. 2023)
+    are rows of one matrix. On a CPU, plain products are faster than PyTorch's kernel for small models.
     """
     (B, T, heads, D), key_heads = q.shape, keys.shape[1]
     groups = heads // key_heads
@@ -681,37 +782,30 @@ class Layer(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
-        heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
+        self.head_dim = D
         self.input_layernorm = nn.RMSNorm(size, eps)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(size, heads * D, bias or qwen2),
-                "k_proj": nn.Linear(size, key_heads * D, bias or qwen2),
-                "v_proj": nn.Linear(size, key_heads * D, bias or qwen2),
-                "o_proj": nn.Linear(heads * D, size, bias and not qwen2),
-            }
-        )
-        self.normed_heads = config["model_type"] == "qwen3"
-        if self.normed_heads:
-            self.self_attn.update({"q_norm": nn.RMSNorm(D, eps), "k_norm": nn.RMSNorm(D, eps)})
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
+        self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
+        self.self_attn["o_proj"] = nn.Linear(queries, size, bias and not qwen2)
+        if config["model_type"] == "qwen3":
+            self.self_attn.update({name: nn.RMSNorm(D, eps) for name in ("q_norm", "k_norm")})
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         inner, bias = config["intermediate_size"], config.get("mlp_bias", False)
         self.mlp = nn.ModuleDict({name: nn.Linear(size, inner, bias) for name in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = nn.Linear(inner, size, bias)
-        self.head_dim = D
 
     def forward(
-        self,
-        x: torch.Tensor,  # (B, T, size)
-        rotary: tuple[torch.Tensor, torch.Tensor],  # cos and sin (B or 1, T, 1, D / 2)
-        mask: torch.Tensor,  # (B or 1, groups T, S)
-        cache: torch.Tensor | None = None,  # (2, B, key heads, S, D), written at `positions`
-        positions: torch.Tensor | None = None,  # (B or 1, T)
-    ) -> torch.Tensor:
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        """x and result (B, T, size); `rotary` is cos and sin (B or 1, T, 1, D / 2), `mask` as in `attend`.
+
+        Keys and values are written into the cache (2, B, key heads, S, D) at `positions` (B or 1, T).
+        """
         attention, h = self.self_attn, self.input_layernorm(x)
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
-        if self.normed_heads:
+        if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
         q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         if cache is None:
@@ -725,64 +819,49 @@ class Layer(nn.Module):
         return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (i, i + D / 2) of x (B, T, heads, D) by their angles."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
 class Transformer(nn.Module):
-    """A decoder of the Llama, Qwen2 or Qwen3 family, made from the content of its config.json."""
+    """A decoder of the Llama, Qwen2 or Qwen3 family, made from the content of a config.json."""
 
     def __init__(self, config: dict):
         super().__init__()
-        heads = config["num_attention_heads"]
-        self.config = {  # what files may leave out
-            "head_dim": config["hidden_size"] // heads,
-            "num_key_value_heads": heads,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-        } | {name: value for name, value in config.items() if value is not None}
-        unsupported = {
-            f"model_type {config.get('model_type')}": config.get("model_type") not in FAMILIES,
-            f"activation {self.config['hidden_act']}": self.config["hidden_act"] != "silu",
-            "sliding windows": config.get("use_sliding_window", False),
-        }
-        for name in (name for name, found in unsupported.items() if found):
-            raise SystemExit(f"The model has {name}, which is not supported; families: {', '.join(FAMILIES)}")
+        heads, family = config["num_attention_heads"], config.get("model_type")
+        left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
+        left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
+        self.config = left_out | {name: value for name, value in config.items() if value is not None}
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"model_type {family} is not supported, only llama, qwen2, qwen3")
+        if self.config["hidden_act"] != "silu" or config.get("use_sliding_window"):
+            raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(vocabulary, size),
-                "layers": nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"])),
-                "norm": nn.RMSNorm(size, self.config["rms_norm_eps"]),
-            }
-        )
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
+        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
+        self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=config.get("initializer_range", 0.02))
         if self.config["tie_word_embeddings"]:
             self.lm_head.weight = self.model["embed_tokens"].weight
-        frequencies, self.rotary_scale = rotary_frequencies(self.config)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", rotary_frequencies(self.config), persistent=False)
+        self.tokenizer, self.eos_ids = None, set()  # the tokens that end a completion
         self.gradient_checkpointing = False
 
     def hidden(
-        self,
-        tokens: torch.Tensor,  # (B, T)
-        positions: torch.Tensor | None = None,  # (B, T); None: 0, 1, ... in each row
-        cache: torch.Tensor | None = None,  # (layers, 2, B, key heads, S, D)
-        visible: torch.Tensor | None = None,  # (B, T, S), what each token sees; None: all up to its position
-    ) -> torch.Tensor:
-        """What the head is applied to (B, T, size); padding at the end of a row changes nothing before it."""
+        self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Input of the head (B, T, size) for tokens (B, T); padding at the end of a row changes nothing else.
+
+        `positions` (B, T) are 0, 1, ... in each row by default. `visible` (B, T, S) says which tokens a token
+        sees, by default all up to its position. The cache is that of `new_cache`.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        slots = torch.arange(tokens.shape[1] if cache is None else cache.shape[-2], device=tokens.device)
+        if visible is None:
+            slots = tokens.shape[1] if cache is None else cache.shape[-2]
+            visible = torch.arange(slots, device=tokens.device) <= positions[..., None]
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
-        rotary = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
-        visible = slots <= positions[..., None] if visible is None else visible
+        rotary = angles.cos(), angles.sin()
         # One mask for all layers, repeated for the queries that share a key.
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
@@ -790,309 +869,223 @@ class Transformer(nn.Module):
         x = self.model["embed_tokens"](tokens)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, mask, None, positions, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, None if cache is None else cache[i], positions)
         return self.model["norm"](x)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, vocabulary) of the token after each of tokens (B, T)."""
         return self.lm_head(self.hidden(tokens)).float()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What matrix products are computed in: bfloat16 under autocast, else the type of the weights."""
-        weight = self.lm_head.weight
-        return torch.bfloat16 if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
-    def new_cache(self, rows: int, slots: int) -> torch.Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of matrix products: bfloat16 under autocast, else that of the weights."""
+        return torch.bfloat16 if torch.is_autocast_enabled(self.device.type) else self.lm_head.weight.dtype
+
+    def new_cache(self, rows: int, slots: int) -> Tensor:
         """Room for the keys and values of all layers."""
         c = self.config
         shape = (c["num_hidden_layers"], 2, rows, c["num_key_value_heads"], slots, c["head_dim"])
-        return torch.zeros(shape, dtype=self.dtype, device=self.lm_head.weight.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def encode(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of texts; with special tokens, if the tokenizer begins a text with any."""
+        ids = self.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
+        highest, size = max((max(row) for row in ids if row), default=0), self.config["vocab_size"]
+        if highest >= size:
+            raise SystemExit(f"The tokenizer has a token {highest}, but the model knows {size} tokens only")
+        return ids
+
+    def decode(self, tokens: list[list[int]]) -> list[str]:
+        """Texts of token ids, without special tokens."""
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Transformer":
-        """The model of a Hugging Face folder, in float32."""
-        try:
-            config = json.loads((Path(path) / "config.json").read_text())
-            model = cls(config)
-            index = Path(path) / "model.safetensors.index.json"
-            files = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
-            weights = {}
-            for name in sorted(set(files)) or ["model.safetensors"]:
-                weights |= load_file(Path(path) / name)
-        except Exception as error:
-            raise SystemExit(f"Cannot read a model from {path}: {type(error).__name__}: {error}")
-        if model.config["tie_word_embeddings"]:
-            weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-        weights = {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-        try:
-            model.load_state_dict(weights)
-        except (RuntimeError, AttributeError) as error:
-            raise SystemExit(
-                f"The weights in {path} do not fit its config.json: {' '.join(str(error).split())[:300]}"
-            )
+    def from_pretrained(cls, path: str | Path) -> Transformer:
+        """The model of a Hugging Face folder, in float32, without its tokenizer."""
+        path, weights = Path(path), {}
+        with explained(f"Cannot read a model from {path}"):
+            config = json.loads((path / "config.json").read_text())
+            with torch.device("meta"):  # initial weights would be made in vain
+                model = cls(config)
+            for file in sorted(path.glob("model*.safetensors")):
+                weights |= load_file(file)
+            weights = {name: x.float() for name, x in weights.items() if not name.endswith("inv_freq")}
+            tied = model.config["tie_word_embeddings"]
+            if tied:
+                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+            model.load_state_dict(weights, assign=True)
+            if tied:
+                model.lm_head.weight = model.model["embed_tokens"].weight
+            # Chat models stop at several tokens, and the files name different ones of them.
+            file = path / "generation_config.json"
+            for values in (config, json.loads(file.read_text()) if file.exists() else {}):
+                ids = values.get("eos_token_id")
+                model.eos_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained`, here and in transformers, reads."""
-        Path(path).mkdir(parents=True, exist_ok=True)
+        """Writes a folder that `from_pretrained` reads, here and in transformers."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
         weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         if self.config["tie_word_embeddings"]:
             del weights["lm_head.weight"]
         config = {name: x for name, x in self.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
-        (Path(path) / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(weights, Path(path) / "model.safetensors", {"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config, indent=2))
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.eos_ids)}))
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(path)
 
 
-def make_tokenizer():
-    """One token for each of VOCABULARY, as a tokenizer of transformers."""
+def make_tokenizer(vocabulary: list[str]):
+    """A tokenizer of transformers with a token for each string of a vocabulary, and <pad>, <bos>, <eos>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast  # not above: it takes a second
 
-    words = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(think|answer)>| ?[a-z]+|[\s\S]"), "isolated")
+    vocabulary = ["<pad>", "<bos>", "<eos>", *vocabulary]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    longest_first = sorted(map(re.escape, vocabulary), key=len, reverse=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*longest_first, r"[\s\S]"])), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    # A first token of no meaning is where heads look that find nothing; without it little is learned.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", words["<bos>"])]
-    )
+    # Attention heads that find nothing look at a first token without meaning; without it little is learned.
+    begin = [("<bos>", ids["<bos>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=begin)
     specials = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
 
 
-def make_model(args: Args) -> tuple[Transformer, object, list[int]]:
-    """Model, tokenizer and the tokens that end a completion; read from --model or made here."""
-    if not args.model:
-        tokenizer, heads = make_tokenizer(), args.num_heads
-        config = {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": len(VOCABULARY),
-            "hidden_size": args.hidden_size,
-            "intermediate_size": max(args.hidden_size * 8 // 3 // 16, 1) * 16,
-            "num_hidden_layers": args.num_layers,
-            "num_attention_heads": heads,
-            "max_position_embeddings": 1024,
-        } | {f"{name}_token_id": VOCABULARY.index(f"<{name}>") for name in ("pad", "bos", "eos")}
-        return Transformer(config), tokenizer, [tokenizer.eos_token_id]
-    from transformers import AutoTokenizer
+def make_model(task, args: Args) -> Transformer:
+    """A small Llama with random weights, and a tokenizer for the vocabulary of the task."""
+    if not hasattr(task, "vocabulary") or not hasattr(task, "demonstration"):
+        raise SystemExit(f"{args.task} has no vocabulary and demonstrations for a small model; give --model")
+    tokenizer, size = make_tokenizer(task.vocabulary), args.hidden_size
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024}
+    config |= {"vocab_size": len(tokenizer), "hidden_size": size}
+    config |= {"intermediate_size": max(size * 8 // 3 // 16, 1) * 16}
+    config |= {"num_hidden_layers": args.num_layers, "num_attention_heads": args.num_heads}
+    config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    model = Transformer(config)
+    model.tokenizer, model.eos_ids = tokenizer, {tokenizer.eos_token_id}
+    return model
 
-    path = args.model
-    try:
-        if not Path(path).is_dir():
+
+def read_model(source: str | Path) -> Transformer:
+    """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
+    from transformers import AutoTokenizer  # not above: it takes a second
+
+    with explained(f"Cannot read a model from {source}"):
+        path = Path(source)
+        if not path.is_dir():
             from huggingface_hub import snapshot_download
 
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            path = snapshot_download(path, allow_patterns=patterns)
+            path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise SystemExit(f"Cannot load the tokenizer of {args.model}: {str(error).splitlines()[0]}")
     model = Transformer.from_pretrained(path)
-    file = Path(path) / "generation_config.json"
-    generation = json.loads(file.read_text()) if file.exists() else {}
-    # Chat models stop at several tokens, and the files name different ones of them.
-    found = [tokenizer.eos_token_id, generation.get("eos_token_id"), model.config.get("eos_token_id")]
-    flat = [x for ids in found for x in (ids if isinstance(ids, list) else [ids])]
-    return model, tokenizer, sorted({x for x in flat if x is not None})
+    model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    return model
 
 
-def encode_prompts(tokenizer, problems: list[dict], model: Transformer, new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt: of the question in the chat template if there is one."""
-    if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": problem["question"]}] for problem in problems]
-        prompts = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            for chat in chats
-        ]
+def load_model(task, args: Args, run: Run) -> Transformer:
+    """The model that a run begins with: the copy of a resumed run, that of --model, or a small new one."""
+    copy = run.path / "reference"
+    if copy.is_dir() or args.model:
+        model = read_model(copy if copy.is_dir() else args.model)
     else:
-        prompts = tokenizer([problem["prompt"] for problem in problems])["input_ids"]
-    context = model.config["max_position_embeddings"]
-    for problem, prompt in zip(problems, prompts):
-        if not prompt or len(prompt) + new_tokens > context:
-            raise SystemExit(
-                f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the {context} of the context: "
-                f"{problem['prompt'][:50]!r}; lower --max-completion-length or drop it"
-            )
-    return prompts
+        model = make_model(task, args)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    return model.to(run.device)
 
 
-# -------------------------------------------------------------------------------------- pure functions
-
-
-def group_advantages(rewards: torch.Tensor, kind: str, temperature: float = 1.0) -> torch.Tensor:
-    """Advantages (prompts, G) of rewards (prompts, G), each against its group.
-
-    grpo: (R - mean) / (std + 1e-4) (Shao et al. 2024, section 4.1.2), the std with G - 1; dr_grpo: R - mean,
-    since the std favours prompts that are too easy or too hard (Liu et al. 2025, section 3.1); rloo: R less
-    the mean of the others (Ahmadian et al. 2024); softmax: exp(t R) / sum exp(t R) - 1 / G.
-    """
-    size = rewards.shape[1]
-    centred = rewards - rewards.mean(1, keepdim=True)
-    advantages = {
-        "grpo": lambda: centred / (rewards.std(1, keepdim=True) + 1e-4),
-        "dr_grpo": lambda: centred,
-        "rloo": lambda: centred * size / (size - 1),
-        "softmax": lambda: (temperature * rewards).softmax(1) - 1 / size,
-    }[kind]()
-    # Exactly 0 where all rewards are equal, whatever is left of rounding.
-    return advantages.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), 0.0)
-
-
-def kl_estimate(log_probs: torch.Tensor, reference_log_probs: torch.Tensor, kind: str) -> torch.Tensor:
-    """Estimates KL(policy, reference) at each token sampled from the policy (Schulman 2020).
-
-    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 with d = log reference - log policy. In a loss, the gradient of
-    k1 is 0 on average, that of k2 is the one of the KL, and that of k3 is the one of KL(reference, policy).
-    """
-    d = (reference_log_probs - log_probs).clamp(-20, 20)  # exp overflows where a token left the reference
-    return {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: d.exp() - d - 1}[kind]()
-
-
-# eps and eps' of each loss. That of CISPO is a cap on the ratio itself, 5 as in ScaleRL (Khatri et al. 2025).
-CLIP_RANGES = {
-    "grpo": (0.2, 0.2),
-    "dr_grpo": (0.2, 0.2),
-    "dapo": (0.2, 0.28),
-    "gspo": (3e-4, 4e-4),
-    "cispo": (0.2, 5.0),
-}
-
-
-def policy_loss(
-    log_probs: torch.Tensor,  # (B, T)
-    old_log_probs: torch.Tensor,  # (B, T)
-    reference_log_probs: torch.Tensor | None,  # (B, T)
-    advantages: torch.Tensor,  # (B,)
-    mask: torch.Tensor,  # (B, T), of the tokens of the completions with the one that ends them
-    *,
-    loss: str,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    kl: str = "k3",
-    max_completion_length: int,
-    token_count: torch.Tensor | float | None = None,
-    sequence_count: torch.Tensor | float | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, a scalar, and metrics that are means over tokens.
-
-    The counts are those of the whole batch, so that losses, gradients and metrics of micro-batches and ranks
-    add up to its own; default: those of this call. Sequences without any token do not count.
-    """
-    weights = mask.to(log_probs.dtype)
-    lengths = weights.sum(1)
-    token_count = lengths.sum() if token_count is None else token_count
-    sequence_count = (lengths > 0).sum() if sequence_count is None else sequence_count
-    advantages, lengths = advantages[:, None], lengths[:, None].clamp(min=1)
-
-    log_ratio = (log_probs - old_log_probs).where(mask.bool(), 0.0).clamp(-20, 20)
-    if loss == "gspo":  # one ratio per sequence, by its geometric mean (Zheng et al. 2025, equation 7)
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_probs)
-    ratio = log_ratio.exp()
-    lower, upper = (-math.inf, clip_high) if loss == "cispo" else (1 - clip_low, 1 + clip_high)
-    if loss == "cispo":
-        # REINFORCE with a capped weight: no token loses its gradient (MiniMax 2025, equation 4).
-        losses = -ratio.clamp(max=upper).detach() * advantages * log_probs
-    else:
-        losses = -torch.min(ratio * advantages, ratio.clamp(lower, upper) * advantages)
-    metrics = {
-        "clip_ratio/low_mean": (ratio < lower) & (advantages < 0),
-        "clip_ratio/high_mean": (ratio > upper) & (advantages > 0),
-    }
-    metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] | metrics["clip_ratio/high_mean"]
-    if reference_log_probs is not None:
-        divergence = kl_estimate(log_probs, reference_log_probs, kl)
-        losses = losses + beta * divergence
-        metrics["kl"] = divergence.detach()
-
-    losses = losses.where(mask.bool(), 0.0)
-    if loss in ("grpo", "gspo"):  # the mean over sequences of their means (Shao et al. 2024, equation 3)
-        total = (losses / lengths).sum() / sequence_count
-    elif loss == "dr_grpo":  # a constant, so that long wrong answers are not favoured (Liu et al. 2025)
-        total = losses.sum() / (sequence_count * max_completion_length)
-    else:  # the mean over all tokens (Yu et al. 2025, equation 8)
-        total = losses.sum() / token_count
-    return total, {name: (x * weights).sum() / token_count for name, x in metrics.items()}
-
-
-# ------------------------------------------------------------------------------------------ log-probabilities
+# ------------------------------------------------------------------------------ log-probabilities and sampler
 
 
 def round_up(x: int, step: int = 8) -> int:
-    """To a multiple of `step`: oneDNN, which multiplies on a CPU, keeps a kernel for each shape it meets."""
+    """Rounds up to a multiple of `step`: oneDNN, which multiplies on a CPU, keeps a kernel for each shape."""
     return -(-x // step) * step
 
 
+class Sequence(NamedTuple):
+    """A prompt and its completion, in tokens; before that as text, or as messages."""
+
+    prompt: list[int]
+    completion: list[int]  # with the token that ends it
+
+
 class Packed(NamedTuple):
-    """Prompts and completions one after another in rows, filled up at the end."""
+    """Sequences side by side in R rows of W slots."""
 
-    tokens: torch.Tensor  # (R, W)
-    positions: torch.Tensor  # (R, W), of each token in its own sequence
-    visible: torch.Tensor  # (R, W, W), which others each token sees
-    targets: torch.Tensor  # (N,), the tokens of all completions, filled up too
-    predictors: torch.Tensor  # (N,), where in R W the token before each target stands
-
-
-PACKED_WIDTH = 128  # slots at least; in fewer, more are left empty, in more, attention scores more in vain
+    tokens: Tensor  # (R, W)
+    positions: Tensor  # (R, W), of each token in its own sequence
+    visible: Tensor  # (R, W, W), whether a token sees another
+    targets: Tensor  # (N,), the tokens of all completions, padded with zeros
+    predictors: Tensor  # (N,), slots in R W of the tokens before them
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
-    """Puts as many sequences into a row as it holds, in their order, so that little is padding.
+PACKED_WIDTH = 128  # minimum row width: narrower rows waste slots, wider ones waste attention
 
-    Completions of one prompt that follow each other stand after a single copy of it: each of them sees the
-    prompt and itself, at the positions that it would have alone.
+
+def pack(sequences: list[Sequence], device: torch.device) -> Packed:
+    """Puts as many sequences into a row as fit, in their order, which leaves little padding.
+
+    Consecutive completions of one prompt follow a single copy of it: each sees the prompt and itself, at the
+    positions that it would have alone.
     """
-    W = max(round_up(max(len(x) + len(y) for x, y in zip(prompts, completions))), PACKED_WIDTH)
-    columns = [], [], [], []  # of each slot: token, position, segment, segment of its prompt
+    W = max(round_up(max(len(prompt) + len(completion) for prompt, completion in sequences)), PACKED_WIDTH)
+    tokens, positions, segments, prompt_segments = columns = [], [], [], []
     targets, predictors = [], []
 
-    def add(tokens: list[int], position: int, segment: int, prompt_segment: int) -> None:
-        n = len(tokens)
-        values = tokens, range(position, position + n), [segment] * n, [prompt_segment] * n
-        for column, x in zip(columns, values):
-            column.extend(x)
+    def append(part: list[int], position: int, segment: int, prompt_segment: int) -> None:
+        tokens.extend(part)
+        positions.extend(range(position, position + len(part)))
+        segments.extend([segment] * len(part))
+        prompt_segments.extend([prompt_segment] * len(part))
 
-    end, row_end, prompt_start, last = 0, 0, 0, None  # a segment is named after its first slot
-    for prompt, completion in zip(prompts, completions):
-        if end + (prompt != last) * len(prompt) + len(completion) > row_end:
-            add([0] * (row_end - end), 0, -1, -1)
-            end, row_end, last = row_end, row_end + W, None
+    start, row_end, last = 0, 0, None  # of the last prompt: its first slot, the end of its row, its tokens
+    for prompt, completion in sequences:
+        needed = len(completion) + (0 if prompt == last else len(prompt))
+        if len(tokens) + needed > row_end:
+            append([0] * (row_end - len(tokens)), 0, -1, -1)
+            row_end, last = row_end + W, None
         if prompt != last:
-            add(prompt, 0, end, end)
-            prompt_start, end, last = end, end + len(prompt), prompt
-        add(completion, len(prompt), end, prompt_start)
+            start, last = len(tokens), prompt
+            append(prompt, 0, start, start)  # a segment is named after its first slot
+        first = len(tokens)
+        append(completion, len(prompt), first, start)
         targets += completion
-        predictors += [prompt_start + len(prompt) - 1, *range(end, end + len(completion) - 1)]
-        end += len(completion)
-    # Filled up to numbers that come again, see round_up: pairs of narrow rows, and predictions.
-    add([0] * (round_up(row_end, 2 * W if W == PACKED_WIDTH else W) - end), 0, -1, -1)
+        predictors += [start + len(prompt) - 1, *range(first, first + len(completion) - 1)]
+    # Pad rows and targets to sizes that recur, see `round_up`.
+    append([0] * (round_up(row_end, 2 * W if W == PACKED_WIDTH else W) - len(tokens)), 0, -1, -1)
     spare = [0] * (round_up(len(targets), 64) - len(targets))
-    predicted = torch.tensor((targets + spare, predictors + spare), device=device)
+    targets, predictors = torch.tensor((targets + spare, predictors + spare), device=device)
     tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
     keys, queries = segments[:, None], segments[..., None]
     visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
-    return Packed(tokens, positions, visible, *predicted)
+    return Packed(tokens, positions, visible, targets, predictors)
 
 
-HEAD_ELEMENTS = 2**25  # logits at a time: 128 MB in float32
+HEAD_ELEMENTS = 2**25  # logits computed at a time: 128 MB in float32
 
 
-def completion_log_probs(
-    model: Transformer, prompts: list[list[int]], completions: list[list[int]], temperature: float = 1.0
-) -> torch.Tensor:
+def completion_log_probs(model: Transformer, sequences: list[Sequence], temperature: float = 1.0) -> Tensor:
     """Log-probabilities (B, C) of the tokens of completions after their prompts; 0 past the end of one.
 
-    The head is applied where these tokens are predicted only, and to a part of them at a time, since for a
-    large vocabulary the logits need more memory than all else.
+    Only slots that predict such a token get logits, some at a time: for a large vocabulary the logits would
+    need more memory than everything else.
     """
-    packed = pack(prompts, completions, next(model.parameters()).device)
+    packed = pack(sequences, model.device)
     hidden = model.hidden(packed.tokens, packed.positions, visible=packed.visible)
     hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
-    def log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
@@ -1101,56 +1094,41 @@ def completion_log_probs(
         flat = log_probs(*parts[0])
     else:
         flat = torch.cat([checkpoint(log_probs, *part, use_reentrant=False) for part in parts])
-    lengths = [len(completion) for completion in completions]
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(flat.device)
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # leaves what is over at the end
+    lengths = torch.tensor([len(completion) for _, completion in sequences])
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
 
 
-def sequence_log_probs(
-    model: Transformer, prompts: list[list[int]], completions: list[list[int]]
-) -> torch.Tensor:
-    """Log-probabilities (B,) of whole completions, each after its prompt."""
-    return completion_log_probs(model, prompts, completions).sum(1)
-
-
-# --------------------------------------------------------------------------------------------- sampler
+def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
+    """Log-probabilities (B,) of whole completions after their prompts."""
+    return completion_log_probs(model, sequences).sum(1)
 
 
 class Completions(NamedTuple):
-    """G completions of each of P prompts; row i belongs to prompt i // G. Past its length a row is 0."""
+    """G completions of each of P prompts, of at most C tokens; row i belongs to prompt i // G."""
 
-    tokens: torch.Tensor  # (P G, C)
-    lengths: torch.Tensor  # (P G,), with the token that ends it
-    log_probs: torch.Tensor  # (P G, C), of the distribution that was sampled from
-    finished: torch.Tensor  # (P G,), False for those that were cut off
-
-    def lists(self) -> list[list[int]]:
-        """The tokens of each row up to its length."""
-        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+    tokens: list[list[int]]  # each with the token that ends it, if any
+    log_probs: Tensor  # (P G, C), under the distribution that was sampled from; 0 past the end
+    finished: Tensor  # (P G,), False for completions that were cut off
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    uniforms: torch.Tensor,  # (P, G, C), from [0, 1)
-    eos_ids: list[int],
-    temperature: float = 1.0,
+    model: Transformer, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0
 ) -> Completions:
-    """Samples from softmax(logits / temperature); top-k or top-p would bias the ratio of the loss.
+    """Samples from softmax(logits / temperature); top-k or top-p would bias the ratio in a loss.
 
-    Token t of a row is the one in whose stretch of the cumulative distribution uniforms[row, t] falls, so
-    that a row depends on its own numbers, whatever else is in the batch. Temperature 0 is greedy.
+    Each token takes one of the `uniforms` (P, G, C), numbers in [0, 1), and is the one in whose interval of
+    the cumulative distribution this lies. So a row depends on its own numbers only. Temperature 0 is greedy.
     """
     (P, G, C), device = uniforms.shape, uniforms.device
-    uniforms, eos = uniforms.flatten(0, 1), torch.tensor(eos_ids, device=device)
+    uniforms, eos = uniforms.flatten(0, 1), torch.tensor(sorted(model.eos_ids), device=device)
     positions, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
 
-    # Each prompt is read once; its group then goes on from copies of the keys and values.
+    # Each prompt is read once; its completions continue from copies of its keys and values.
     cache = model.new_cache(P, width)
-    start = torch.arange(width, device=device)[None]
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
-    hidden = model.hidden(padded, start, cache)
+    hidden = model.hidden(padded, torch.arange(width, device=device)[None], cache)
     logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
     positions = positions.repeat_interleave(G)
@@ -1159,14 +1137,14 @@ def generate(
     log_probs = torch.zeros(P * G, C, device=device)
     lengths = torch.full((P * G,), C, device=device)
     finished = torch.zeros(P * G, dtype=torch.bool, device=device)
-    rows = torch.arange(P * G, device=device)  # those in the batch, of which some may have finished
+    rows = torch.arange(P * G, device=device)  # those in the batch; some of them may have finished
     for t in range(C):
         distribution = (logits.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature:
             cumulative = distribution.exp().cumsum(-1)
-            # Off the ends, where rounding could pick a token that has next to no probability.
-            share = (uniforms[rows, t, None] * (1 - 2e-6) + 1e-6) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, share, right=True)
+            # Away from 0 and 1, where rounding could pick a token of almost no probability.
+            threshold = (uniforms[rows, t, None] * (1 - 2e-6) + 1e-6) * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, threshold, right=True)
         else:
             chosen = distribution.argmax(-1, keepdim=True)
         tokens[rows, t], log_probs[rows, t] = chosen[:, 0], distribution.gather(1, chosen)[:, 0]
@@ -1177,17 +1155,162 @@ def generate(
         if t == C - 1 or count == 0:
             break
         keep = round_up(count, 64)
-        if keep < 0.75 * len(rows):  # copying the cache of the others costs less than going on with all
+        if keep < 0.75 * len(rows):  # then copying the cache of the others costs less than carrying all
             going_on = alive.int().argsort(descending=True, stable=True)[:keep]
             rows, positions, chosen = rows[going_on], positions[going_on], chosen[going_on]
             cache = cache[:, :, going_on]
         hidden = model.hidden(chosen, positions[:, None], cache)
         logits, positions = model.lm_head(hidden[:, 0]), positions + 1
-    mask = torch.arange(C, device=device) < lengths[:, None]
-    return Completions(tokens * mask, lengths, log_probs * mask, finished)
+    log_probs *= torch.arange(C, device=device) < lengths[:, None]
+    token_lists = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+    return Completions(token_lists, log_probs, finished)
 
 
-# ----------------------------------------------------------------------------- rollout and evaluation
+# --------------------------------------------------------------------------------------------- tasks, rewards
+
+
+def import_by_name(name: str) -> object:
+    """The object module:name, of a module in this folder or on Python's path."""
+    module, _, attribute = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise SystemExit(f"Cannot find {name}: {error}")
+
+
+def make_task(args: Args):
+    """The task of --task, with the rewards of --reward: module:function[=weight], or NAME=weight."""
+    if ":" not in args.task and args.task.lower() not in TASKS:
+        raise SystemExit(f"There is no task {args.task}, only {', '.join(TASKS)} and your own: module:Class")
+    task = import_by_name(args.task)() if ":" in args.task else TASKS[args.task.lower()]()
+    for member in ("problem", "rewards", "max_completion_length"):
+        if not hasattr(task, member):
+            raise SystemExit(f"{args.task} is not a task: it has no {member}")
+    task.rewards = dict(task.rewards)
+    for words in args.reward:
+        place, _, weight = words.partition("=")
+        name = place.rpartition(":")[2]
+        if ":" not in place and name not in task.rewards:
+            raise SystemExit(
+                f"--reward {words}: there is no {name} in {[*task.rewards]}; yours is module:{name}"
+            )
+        function = import_by_name(place) if ":" in place else task.rewards[name][0]
+        with explained(f"--reward {words}: what follows = is the weight"):
+            task.rewards[name] = function, float(weight or 1)
+    return task
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the tenth that is never trained on, in the warm-up neither.
+
+    By checksum: a linear rule such as (a + b) % 10 == 0 would hold out problems of one kind.
+    """
+    return zlib.crc32(prompt.encode()) % 10 == 0
+
+
+def draw(task, seed: int, index: int, held_out: bool = False) -> dict:
+    """Problem `index`, a function of seed and index, so that a position in the data is one number.
+
+    Held-out problems do not depend on the seed. A task may have a `draw` of its own.
+    """
+    if hasattr(task, "draw"):
+        return task.draw(seed, index, held_out)
+    rng = random.Random(f"held out {index}" if held_out else f"train {seed} {index}")
+    for _ in range(10_000):
+        problem = task.problem(rng)
+        if is_held_out(problem["prompt"]) == held_out:
+            return problem
+    raise SystemExit(f"The task has too few different prompts to hold out a tenth of them: {problem}")
+
+
+def call_reward(name: str, function: Callable, problems: list[dict], completions: list[str]) -> Tensor:
+    """One reward (rows,) of completions, each of the problem in the same row."""
+    # TRL's signature: a reward function takes the columns that it needs, and the others as **columns.
+    names = {name for problem in problems for name in problem}
+    columns = {name: [problem.get(name) for problem in problems] for name in names}
+    values = function(prompts=columns.pop("prompt"), completions=completions, **columns)
+    with explained(f"The reward {name} must give one finite number for each completion"):
+        rewards = torch.tensor(values, dtype=torch.float32)
+        if rewards.shape != (len(completions),) or not rewards.isfinite().all():
+            raise ValueError(f"got {str(values)[:100]}")
+    return rewards
+
+
+def score(task, problems: list[dict], completions: list[str]) -> dict[str, Tensor]:
+    """Each reward (rows,) of completions by its name, and their weighted sum as `reward`."""
+    parts = {name: call_reward(name, x, problems, completions) for name, (x, _) in task.rewards.items()}
+    return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
+
+
+def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int | None) -> list[list[int]]:
+    """Token ids of each prompt; with a chat template, those of the question, a text or a list of messages.
+
+    A prompt that leaves no room for `new_tokens` ends the program, unless these are None.
+    """
+    if model.tokenizer.chat_template:
+        questions = [problem.get("question", problem["prompt"]) for problem in problems]
+        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in questions]
+        template = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        prompts = model.encode([template(chat) for chat in chats], special_tokens=False)
+    else:
+        prompts = model.encode([problem["prompt"] for problem in problems])
+    context = model.config["max_position_embeddings"]
+    for problem, prompt in zip(problems, prompts):
+        if new_tokens is not None and not 0 < len(prompt) <= context - new_tokens:
+            sizes = f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the context of {context}"
+            raise SystemExit(f"{sizes}: {problem['prompt'][:50]!r}; lower --max-completion-length or drop it")
+    return prompts
+
+
+# --------------------------------------------------------------------------------------------------- learning
+
+
+def schedule(step: int, args: Args) -> float:
+    """Factor of the learning rate: rises over warmup_steps, then falls linearly to 0.05."""
+    if args.anneal_lr and step > args.warmup_steps:
+        return 1 - 0.95 * (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    return min(step / max(args.warmup_steps, 1), 1)
+
+
+def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+    """Sums the gradients over processes, limits their norm and moves the weights; returns the norm."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        sum_over_ranks(parameter.grad)
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if math.isfinite(norm):  # otherwise the log ends the run, with weights that are still good
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Args, run: Run) -> None:
+    """Supervised fine-tuning of a small new model on demonstrations, in the steps up to 0."""
+    group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
+    for progress in run.iterations(end=0):
+        # Rise in 50 steps; fall to 5 percent over the second half.
+        done = round(progress * args.sft_steps)
+        group["lr"] = args.sft_learning_rate * min((done + 1) / 50, 1, 0.05 + 1.9 * (1 - progress))
+        group["weight_decay"] = 0.01
+        # Problems of negative numbers, which the training after it does not reach.
+        numbers = range(-(done + 1) * args.sft_batch_size, -done * args.sft_batch_size)
+        problems = [draw(task, args.seed, i) for i in numbers]
+        texts = [task.demonstration(x, random.Random(f"{args.seed} {i}")) for i, x in zip(numbers, problems)]
+        completions = model.encode([text + eos for text in texts], special_tokens=False)
+        sequences = list(map(Sequence, encode_prompts(model, problems, 0), completions))
+        with run.precision:
+            loss = -sequence_log_probs(model, my_share(sequences)).sum() / sum(map(len, completions))
+            loss.backward()
+        norm = optimizer_step(model, optimizer, 1.0)
+        if done % 10 == 9 or not math.isfinite(norm):
+            run.log({"sft/loss": sum_over_ranks(loss.detach()), "sft/grad_norm": norm})
+    if run.step == 0:  # the training begins with a new optimizer
+        optimizer.state.clear()
+        group["weight_decay"] = 0.0
+
+
+# -------------------------------------------------------------------------------------------------- processes
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1195,616 +1318,468 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+def my_share(rows):
+    """Every n-th row of a list or tensor, for this one of n processes."""
+    rank, world = rank_and_world()
+    return rows[rank::world]
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sums a tensor over processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def score(
-    task: Task | Dataset, problems: list[dict], completions: list[str], **options
-) -> dict[str, torch.Tensor]:
-    """The rewards (rows,) by name, and their weighted sum as `reward`; a problem for each completion."""
-    # TRL's signature: what a reward does not ask for goes into its **columns.
-    columns = {name: [problem[name] for problem in problems] for name in problems[0]}
-    prompts = columns.pop("prompt")
-    parts = {}
-    for name, (function, _) in task.rewards.items():
-        values = function(prompts=prompts, completions=completions, **columns, **options)
-        parts[name] = torch.tensor(values, dtype=torch.float32)
-        if parts[name].shape != (len(completions),) or not parts[name].isfinite().all():
-            raise SystemExit(f"The reward {name} must give one finite number for each completion")
-    return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
+# ------------------------------------------------------------------------------------------------------- runs
 
 
-class Rollout(NamedTuple):
-    """What was sampled for the prompts of this process, group by group."""
+class Run:
+    """One run: its directory, curves and checkpoints; progress, interruption and resuming.
 
-    prompts: list[list[int]]
-    completions: Completions
-    rewards: dict[str, torch.Tensor]  # (P, G) each
-
-    @classmethod
-    def merge(cls, rounds: list["Rollout"], groups: list[int]) -> "Rollout":
-        """Chosen groups of several rollouts, counted through all of them."""
-        G = next(iter(rounds[0].rewards.values())).shape[1]
-        prompts = [prompt for rollout in rounds for prompt in rollout.prompts]
-        completions = [
-            torch.cat(x).unflatten(0, (-1, G))[groups] for x in zip(*(r.completions for r in rounds))
-        ]
-        rewards = {name: torch.cat([r.rewards[name] for r in rounds])[groups] for name in rounds[0].rewards}
-        chosen = [prompts[i] for i in groups]
-        return cls(chosen, Completions(*(x.flatten(0, 1) for x in completions)), rewards)
-
-
-def collect_rollout(
-    model: Transformer,
-    tokenizer,
-    task: Task | Dataset,
-    eos_ids: list[int],
-    args: Args,
-    position: int,
-    generator: torch.Generator,
-) -> tuple[Rollout, int]:
-    """Samples the groups of a step; returns them with the new position in the data.
-
-    With dynamic sampling (Yu et al. 2025, section 3.2), groups whose answers are all right or all wrong make
-    room for others. By correctness, not by reward: the format alone would keep a group in.
+    `train` names everything that has state once, in `start`, and then loops over `iterations`. Steps of the
+    warm-up count up to 0. Under torchrun every process has a Run, and the first one writes.
     """
-    (rank, world), device = rank_and_world(), next(model.parameters()).device
-    share, G, C = args.num_prompts // world, args.num_generations, args.max_completion_length
-    rounds = []
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.device, self.state = args, device, {}
+        self.rank, path = rank_and_world()[0], [None]
+        if self.rank == 0:
+            path = [make_directory(args)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(path)
+        self.path = path[0]
+        self.precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
+        # A copy, since `train` may change args. Where a run is found does not belong to it.
+        self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
+        self.first_step = 0 if args.model else -args.sft_steps
+        self.step = self.last_step = self.first_step  # of the optimizer, now and before this iteration
+        self.elapsed = 0.0  # seconds of training
+        self.started = self.saved_at = self.shown_at = time.perf_counter()
+        self.progress = self.writer = self.wandb = None
+        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        if args.evaluate or any(self.path.glob("checkpoint*.pt")):
+            self.checkpoint = load_checkpoint(args.evaluate or self.path)
+            saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
+            refuse_changes(saved, self.arguments, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+            self.elapsed = self.checkpoint["elapsed"]
+            if args.max_steps < min(saved["max_steps"], self.step + 1):
+                raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
+        if args.evaluate:
+            return
+        if self.rank == 0:
+            write_file(self.path / "args.json", json.dumps(self.arguments, indent=2))
+        say(f"Run directory: {self.path}")
+        with contextlib.suppress(ValueError):  # outside of the main thread, Python refuses handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.interrupt)
+
+    def interrupt(self, number: int, frame) -> None:
+        """Handles Ctrl-C and SIGTERM."""
+        # torchrun sends a Ctrl-C to processes that got it already: there it does not mean "at once".
+        if self.interrupted and number == signal.SIGINT and not dist.is_initialized():
+            raise KeyboardInterrupt
+        self.interrupted = True
+        # os.write, because print fails if the signal arrives during another print.
+        os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    @property
+    def advice(self) -> str:
+        modules = f" --task {self.args.task}" if ":" in self.args.task else ""
+        modules += "".join(f" --reward {reward}" for reward in self.args.reward)
+        return f"go on with: python {Path(__file__).name} --resume {self.path}{modules}"
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this iteration began."""
+        return time.perf_counter() - self.started
+
+    def start(self, **state) -> None:
+        """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
+
+        Restores the last checkpoint if there is one, and opens the logs.
+        """
+        self.state = state
+        if self.checkpoint:
+            torch.set_rng_state(self.checkpoint["generator"])
+            for name, x in state.items():
+                if name not in self.checkpoint:
+                    raise SystemExit(f"The checkpoint of {self.path} has no {name}; was the script changed?")
+                restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
+                restore(self.checkpoint.pop(name))
+            say(f"Resumed at step {self.step:,}")
+        elif self.args.resume:
+            say(f"{self.path} has no checkpoint yet, so the run begins anew")
+        if self.rank or self.args.evaluate:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
+
+        if self.args.track:
+            import wandb
+
+            place = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
+            place |= {"id": self.path.name, "resume": "allow", "dir": str(self.path.parent)}
+            self.wandb = wandb.init(**place, config=self.arguments)
+        # Points after the checkpoint are purged; they will be logged again.
+        self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1)
+
+    def iterations(self, evaluation: Callable | None = None, end: int | None = None) -> Iterator[float]:
+        """Yields the fraction of the steps up to `end` that is done; evaluates and saves if it is time.
+
+        `evaluation` returns metrics and samples. Without it, as in the warm-up, checkpoints are due by the
+        clock only.
+        """
+        args, begin = self.args, 0 if evaluation else self.first_step
+        end, self.evaluation = args.max_steps if end is None else end, evaluation
+        if args.evaluate and self.step < 0:
+            raise SystemExit(f"{self.path} is still in its warm-up; there is nothing to evaluate")
+        if evaluation and (args.evaluate or self.step == 0):
+            self.elapsed += self.seconds  # of what was prepared
+            if args.eval_interval or args.evaluate:
+                self.evaluate()
+            self.save("checkpoint.pt")
+        if args.evaluate:
+            return
+        # disable=None: shown on a terminal only
+        progress = {"total": end - begin, "initial": self.step - begin, "unit": " steps"}
+        self.progress = tqdm(**progress, disable=True if self.rank else None)
+        while self.step < end:
+            if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
+                self.save("checkpoint.pt")
+                raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
+            self.last_step, self.started = self.step, time.perf_counter()
+            self.step += 1
+            yield (self.last_step - begin) / (end - begin)
+            self.elapsed += self.seconds
+            last = self.step == end
+            if evaluation and args.eval_interval and (last or self.due(args.eval_interval)):
+                self.evaluate()
+            due = evaluation and self.due(args.checkpoint_interval)
+            minutes = (time.perf_counter() - self.saved_at) / 60
+            if last or due or minutes > args.checkpoint_minutes:
+                self.save("checkpoint.pt")
+            self.progress.update()
+        self.progress.close()
+        self.started = time.perf_counter()
+        if evaluation:
+            export(self.state["model"], self.path / "model")
+
+    def due(self, interval: int) -> bool:
+        """Whether this iteration passed a multiple of `interval` steps."""
+        return self.step // interval > self.last_step // interval
+
+    def log(self, metrics: dict[str, float | Tensor]) -> None:
+        """Adds one point to each curve, of time too, and shows progress."""
+        self.write(metrics | {"time/elapsed": self.elapsed + self.seconds})
+        name = next(name for name in ("reward", "loss", "sft/loss") if name in metrics)
+        line = f"{name} {float(metrics[name]):.3f}"
+        self.progress.set_postfix_str(line, refresh=False)
+        last, now = self.step == self.args.max_steps, time.perf_counter()
+        if self.progress.disable and (last or now - self.shown_at > 10):
+            self.shown_at = now
+            say(f"step {self.step:>5,}: {line}, {1 / self.seconds:.1f} steps/s")
+
+    def write(self, metrics: dict[str, float | Tensor]) -> None:
+        """Adds one point to each curve; ends the run if one is not finite."""
+        metrics = {name: float(x) for name, x in metrics.items()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                flag = "--sft-learning-rate" if self.step <= 0 else "--learning-rate"
+                where = f"{name} is {value} at step {self.step:,}; lower {flag}"
+                raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+        if self.rank:
+            return
+        with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, self.step)
+        if self.wandb:  # which knows no steps below 0
+            self.wandb.log(metrics | {"global_step": self.step}, step=self.step - self.first_step)
+
+    def evaluate(self) -> None:
+        """Metrics of the policy, logged and printed, and samples of what it writes."""
+        metrics, samples = self.evaluation()
+        values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
+        say(f"step {self.step:>5,}: evaluation {values}")
+        if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
+            say("Warning: the policy is over half a nat per token away from its reference; raise --beta")
+        if metrics["clipped_ratio"] > 0.5:
+            say("Warning: most completions are cut off; raise --max-completion-length")
+        if self.args.evaluate:
+            return say(", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" in name))
+        self.write({f"eval/{name}": x for name, x in metrics.items()})
+        if self.rank:
+            return
+        rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
+        old, new = file.read_text().splitlines() if file.exists() else [], [json.dumps(row) for row in rows]
+        # Of the samples in the file, those of earlier steps, whole lines only.
+        steps = [re.match(r'{"step": (\d+), .*}$', line) for line in old]
+        old = [line for line, step in zip(old, steps) if step and int(step[1]) < self.step]
+        write_file(file, "".join(line + "\n" for line in old + new))
+        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
+        if self.wandb:
+            import wandb
+
+            table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+            self.wandb.log({"samples": table}, step=self.step - self.first_step)
+
+    def save(self, name: str) -> None:
+        """Saves everything that has state under its name, but no weights that are not finite."""
+        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
+            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
+            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+        if self.rank or self.args.evaluate:
+            return
+        state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
+        state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
+        with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
+            self.writer.flush()
+        save_checkpoint(self.path / name, state)
+        self.saved_at = time.perf_counter()
+
+    def close(self) -> None:
+        """Closes the logs, and gives the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for x in (self.progress, self.writer):
+            with contextlib.suppress(OSError):  # a full disk was explained before
+                if x is not None:
+                    x.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def say(line: str) -> None:
+    """Prints a line in the first process, above the progress bar if there is one."""
+    if rank_and_world()[0] == 0:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns an exception into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+FORMAT = 2  # of a checkpoint
+
+
+def read_rows(source: str) -> list[dict]:
+    """The rows of a JSONL or Parquet file, or of the training split of a dataset on the Hugging Face hub."""
+    path, rows = Path(source), []
+    if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
+        raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
+    with explained(f"Cannot read the dataset {source}"):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if path.suffix not in (".json", ".jsonl"):
+            import datasets
+
+            name, _, configuration = source.partition(":")
+            return list(datasets.load_dataset(name, configuration or None, split="train"))
+        for number, line in enumerate(path.open(encoding="utf-8"), 1):
+            if line.strip():
+                with explained(f"{source}, line {number} is not a JSON object"):
+                    rows.append(dict(json.loads(line)))
+    return rows
+
+
+def make_directory(args: Args) -> Path:
+    """The directory of the run: the one that args name, or a new one with the time in its name."""
+    if args.evaluate:
+        return Path(args.evaluate) if Path(args.evaluate).is_dir() else Path(args.evaluate).parent
+    named = args.resume or (args.run_name and Path(args.runs, args.run_name))
+    task = Path(args.dataset).stem if args.dataset else args.task.rpartition(":")[2].lower()
+    name = f"{task.replace(':', '-')}__{args.exp_name}__{args.seed}"
     while True:
-        # All processes draw all numbers, so that it does not matter how many they are.
-        uniforms = torch.rand(args.num_prompts, G, C, generator=generator)
-        mine = slice(rank * share, (rank + 1) * share)
-        problems = [task.train_problem(position + i) for i in range(args.num_prompts)[mine]]
-        position += args.num_prompts
-        prompts = encode_prompts(tokenizer, problems, model, C)
-        completions = generate(model, prompts, uniforms[mine].to(device), eos_ids, args.temperature)
-        rows = [problem for problem in problems for _ in range(G)]
-        rewards = score(task, rows, decode(tokenizer, completions))
-        rounds.append(Rollout(prompts, completions, {n: x.view(-1, G) for n, x in rewards.items()}))
-
-        (main, *_) = task.rewards
-        scores = torch.cat([rollout.rewards[main] for rollout in rounds])
-        mixed = scores.amax(1) > scores.amin(1)
-        missing = sum_over_ranks((share - mixed.sum()).clamp(min=0).to(device))
-        if missing == 0 or len(rounds) > args.dynamic_sampling:
-            order = mixed.int().argsort(descending=True, stable=True)
-            return Rollout.merge(rounds, sorted(order[:share].tolist())), position
+        path = Path(named or Path(args.runs, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"))
+        try:
+            path.mkdir(parents=True, exist_ok=bool(named))
+            return path
+        except OSError as error:
+            if named or not isinstance(error, FileExistsError):
+                raise SystemExit(f"Cannot make the run directory {path}: {error}")
+            time.sleep(0.1)  # another run began in the same second
 
 
-def decode(tokenizer, completions: Completions) -> list[str]:
-    return tokenizer.batch_decode(completions.lists(), skip_special_tokens=True)
+def export(model: Transformer, path: Path) -> None:
+    """Writes a Hugging Face folder, whole or not at all."""
+    if rank_and_world()[0]:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
 
 
-EVALUATION_SEED = 1_000_000_000  # added to the seed: other random numbers than those of the training
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer,
-    reference: Transformer,
-    tokenizer,
-    task: Task | Dataset,
-    eos_ids: list[int],
-    args: Args,
-) -> tuple[dict[str, float], list[dict]]:
-    """Metrics on held-out problems and a few completions; no generator of the training is drawn from."""
-    (rank, world), device = rank_and_world(), next(model.parameters()).device
-    problems, k, C = task.held_out_problems(args.eval_prompts), args.eval_samples, args.max_completion_length
-    (main, *_) = task.rewards  # `correctness`, or else pass@1 is its mean, pass@k that of the best of k
-    generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED)
-    uniforms = torch.rand(len(problems), k, C, generator=generator)
-    names = ["pass@1", f"pass@{k}", "greedy_pass@1", "accuracy_lenient", "mean_length", "clipped_ratio"]
-    names = list(dict.fromkeys([*names, "kl_to_reference"]))  # pass@1 stands there twice if k is 1
-    totals, samples = torch.zeros(len(names), dtype=torch.float64), []
-    size = max(args.num_prompts * args.num_generations // world // k, 1)  # as many rows as in training
-    for first in range(rank * size, len(problems), world * size):
-        part = problems[first : first + size]
-        prompts = encode_prompts(tokenizer, part, model, C)
-        sampled = generate(
-            model, prompts, uniforms[first : first + size].to(device), eos_ids, args.temperature
-        )
-        greedy = generate(model, prompts, uniforms[first : first + size, :1].to(device), eos_ids, 0.0)
-        rows, texts = [problem for problem in part for _ in range(k)], decode(tokenizer, sampled)
-        rewards = score(task, rows, texts)
-        correct = rewards[main].view(-1, k)
-        lenient = score(task, rows, texts, extract=task.lenient)[main]
-        # E[log policy - log reference] over whole completions; one of each prompt is enough.
-        one = Completions(*(x[::k] for x in sampled))
-        batch = make_batch(prompts, one, torch.zeros(len(part)), args)
-        divergence = one.log_probs - reference_of(reference, batch, args)  # both 0 past the end
-        values = {
-            "pass@1": correct.mean(1),
-            f"pass@{k}": correct.amax(1),
-            "greedy_pass@1": score(task, part, decode(tokenizer, greedy))[main],
-            "accuracy_lenient": lenient.view(-1, k).mean(1),
-            "mean_length": sampled.lengths.view(-1, k).float().mean(1),
-            "clipped_ratio": 1 - sampled.finished.view(-1, k).float().mean(1),
-            "kl_to_reference": divergence.sum(1),
-        }
-        totals += torch.stack([values[name].double().sum().cpu() for name in names])
-        samples += [
-            {"prompt": row["prompt"], "completion": text, "reward": rewards["reward"][i].item()}
-            | {name: rewards[name][i].item() for name in task.rewards}
-            | {"length": sampled.lengths[i].item(), "finished": sampled.finished[i].item()}
-            for i, (row, text) in enumerate(zip(rows, texts))
-            if i % k == 0 and len(samples) + i // k < 8
-        ]
-    totals = sum_over_ranks(totals.to(device, torch.float32)) / len(problems)
-    return dict(zip(names, totals.tolist())), samples
-
-
-# -------------------------------------------------------------------------------------------- learning
-
-
-@dataclass
-class Batch:
-    """B completions, and what the loss needs to know of them."""
-
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    mask: torch.Tensor  # (B, C) of the tokens in the loss
-    old_log_probs: torch.Tensor  # (B, C) those of the sampler: it is the policy that acted
-    advantages: torch.Tensor  # (B,)
-    reference_log_probs: torch.Tensor | None = None  # (B, C)
-
-
-def make_batch(
-    prompts: list[list[int]], completions: Completions, advantages: torch.Tensor, args: Args
-) -> Batch:
-    """`prompts` for each group of rows in `completions`; advantages (B,)."""
-    (B, C), device = completions.tokens.shape, completions.tokens.device
-    mask = torch.arange(C, device=device) < completions.lengths[:, None]
-    if args.mask_truncated_completions:
-        mask &= completions.finished[:, None]
-    rows = [prompt for prompt in prompts for _ in range(B // len(prompts))]
-    return Batch(rows, completions.lists(), mask, completions.log_probs, advantages.to(device))
-
-
-def log_probs_of(model: Transformer, batch: Batch, rows: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities of the completions of some rows, cut where the longest of them ends."""
-    parts = ([x[i] for i in rows.tolist()] for x in (batch.prompts, batch.completions))
-    return completion_log_probs(model, *parts, temperature)
-
-
-@torch.no_grad()
-def reference_of(reference: Transformer, batch: Batch, args: Args) -> torch.Tensor:
-    """Log-probabilities (B, C) of a batch by the reference."""
-    out = torch.zeros_like(batch.old_log_probs)
-    for rows in torch.arange(len(out), device=out.device).split(args.micro_batch_size):
-        log_probs = log_probs_of(reference, batch, rows, args.temperature)
-        out[rows, : log_probs.shape[1]] = log_probs
-    return out
-
-
-def take_step(
-    model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, rows: torch.Tensor, args: Args
-) -> dict[str, float]:
-    """One step of the optimizer on some rows of the batch; returns metrics."""
-    counts = torch.stack((batch.mask[rows].sum(), batch.mask[rows].any(1).sum()))
-    token_count, sequence_count = sum_over_ranks(counts.clone())
-    kept = batch.mask[rows].any(1)
-    if args.beta == 0:  # a row without an advantage has no gradient; it counts, but need not be computed
-        kept &= batch.advantages[rows] != 0
-    if sum_over_ranks(kept.sum()) == 0:
-        return {}  # not even a step of 0, in which AdamW would still move by its momentum
-    rows = rows[kept] if kept.any() else rows[:1]  # one at least, to go along with the other processes
-    totals, gaps = {}, []
-    for micro in rows.split(args.micro_batch_size):
-        log_probs = log_probs_of(model, batch, micro, args.temperature)
-        count = log_probs.shape[1]
-        reference = batch.reference_log_probs
-        low, high = args.clip_range
-        loss, metrics = policy_loss(
-            log_probs,
-            batch.old_log_probs[micro, :count],
-            None if reference is None else reference[micro, :count],
-            batch.advantages[micro],
-            batch.mask[micro, :count],
-            loss=args.loss,
-            clip_low=low,
-            clip_high=high,
-            beta=args.beta,
-            kl=args.kl,
-            max_completion_length=args.max_completion_length,
-            token_count=token_count,
-            sequence_count=sequence_count,
-        )
-        loss.backward()
-        for name, value in (metrics | {"loss": loss.detach()}).items():
-            totals[name] = totals.get(name, 0) + value
-        gaps.append(
-            (log_probs.detach() - batch.old_log_probs[micro, :count])[batch.mask[micro, :count]].abs()
-        )
-    metrics = {name: sum_over_ranks(value).item() for name, value in sorted(totals.items())}
-    metrics["grad_norm"] = optimizer_step(model, optimizer, args.max_grad_norm)
-    gaps = torch.cat([*gaps, batch.advantages.new_zeros(1)])
-    mean = gaps.sum().item() / max(len(gaps) - 1, 1)
-    return metrics | {"logp_difference/mean": mean, "logp_difference/max": gaps.max().item()}
-
-
-def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """Adds up the gradients of all processes, limits their norm and moves the weights; returns the norm."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if dist.is_initialized():
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = gradient.view_as(p)
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if math.isfinite(norm):  # else the caller ends the run, with weights that are still good
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def warm_up(
-    model: Transformer, tokenizer, task: Task, args: Args, log: Callable, precision: torch.autocast
-) -> None:
-    """SFT on demonstrations, logged at negative steps: what comes after begins at 0."""
-    rank, world = rank_and_world()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.sft_learning_rate, (0.9, 0.95), weight_decay=0.01, fused=True
-    )
-    progress = tqdm(total=args.sft_steps, unit=" steps of SFT", disable=None if rank == 0 else True)
-    for step in range(args.sft_steps):
-        # Up in 50 steps, level until half of them are done, then down to 5 percent.
-        rate = min((step + 1) / 50, 1, 0.05 + 1.9 * (1 - step / args.sft_steps))
-        optimizer.param_groups[0]["lr"] = args.sft_learning_rate * min(rate, 1)
-        # Problems with numbers below 0, which what comes after does not reach.
-        first = -(step + 1) * args.sft_batch_size
-        problems = [task.train_problem(first + i) for i in range(args.sft_batch_size)]
-        texts = [
-            task.demonstration(x, random.Random(f"{args.seed} {first + i}")) for i, x in enumerate(problems)
-        ]
-        prompts = encode_prompts(tokenizer, problems, model, 0)
-        texts = [text + tokenizer.eos_token for text in texts]
-        completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        token_count = sum(map(len, completions))
-        with precision:
-            log_probs = sequence_log_probs(model, prompts[rank::world], completions[rank::world])
-            loss = -log_probs.sum() / token_count
-            loss.backward()
-        norm = optimizer_step(model, optimizer, 1.0)
-        progress.update()
-        if not math.isfinite(norm):
-            raise SystemExit(
-                f"The gradient of the warm-up is {norm} at step {step}; lower --sft-learning-rate"
-            )
-        if step % 10 == 9:
-            loss = sum_over_ranks(loss.detach()).item()
-            log({"sft/loss": loss, "sft/grad_norm": norm}, step + 1 - args.sft_steps)
-    progress.close()
-
-
-# ------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes to a temporary file and renames it, so that a crash leaves the checkpoint before it."""
+def write_file(path: Path, content: str | dict) -> None:
+    """Writes a text, or a state with torch.save, so that a crash leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
-        torch.save({"script": Path(__file__).stem, **state}, temporary)
+        with temporary.open("wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "checkpoint.pt" and path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"Cannot write {path}, the one before it is untouched; is the disk full? ({error})")
+        raise SystemExit(f"Cannot write {path}, what was there is untouched; is the disk full? ({error})")
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    write_file(path, {"script": Path(__file__).stem, "format": FORMAT, **state})
 
 
 def load_checkpoint(run: str | Path) -> dict:
-    """The checkpoint of a run directory, or a checkpoint file; code that hides in it is not run."""
-    path, script = Path(run), Path(__file__).stem
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise SystemExit(f"There is no checkpoint {path}")
+    """The checkpoint of a run directory, or a checkpoint file; if it is damaged, the one before it.
+
+    The checksums are verified, and no code that hides in the file runs.
+    """
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
+    previous, script = path.with_name("checkpoint.previous.pt"), Path(__file__).stem
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not verify checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise SystemExit(f"{path} is damaged, or no checkpoint: {reason}")
+        reason = f"{path} is damaged, or no checkpoint: {' '.join(str(error).split())[:200]}"
+        reason = reason if path.exists() else f"There is no checkpoint {path}"
+        if path.name != "checkpoint.pt" or not previous.exists():
+            raise SystemExit(reason)
+        say(f"{reason}. The one before it takes its place: {previous}")
+        state = load_checkpoint(previous)
+        with contextlib.suppress(OSError):  # a folder that cannot be written, in an evaluation
+            os.replace(previous, path)
+        return state
     if not isinstance(state, dict) or state.get("script") != script:
         raise SystemExit(f"{path} is not a checkpoint of {script}.py")
+    if state.get("format") != FORMAT:
+        raise SystemExit(
+            f"{path} has format {state.get('format')}; this version of {script}.py reads {FORMAT}"
+        )
     return state
 
 
-def export(model: Transformer, tokenizer, eos_ids: list[int], path: Path) -> None:
-    """Writes a Hugging Face folder with all that sampling needs."""
-    try:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
-    except Exception as error:  # the libraries have errors of their own for a full disk
-        raise SystemExit(f"Cannot write {path}; is the disk full? ({error})")
+def read_args(run: str | Path) -> Args:
+    """The arguments of a run directory or a checkpoint file; names a field that does not fit."""
+    path = Path(run, "args.json") if Path(run).is_dir() else Path(run)
+    with explained(f"Cannot read {path}"):
+        values = json.loads(path.read_text()) if path.suffix == ".json" else load_checkpoint(path)["args"]
+        hints = get_type_hints(Args)
+        if unfit := values.keys() ^ hints.keys():
+            raise ValueError(f"missing or unknown: {', '.join(sorted(unfit))}")
+        for name, value in values.items():
+            with explained(f"{path} has {name} = {value!r}"):
+                typeguard.check_type(value, hints[name])
+                if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
+                    raise TypeError(f"a truth value is no {hints[name]}")
+        return Args(**values)
 
 
-# --------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------- command line
+
+# Flags that may change on resume or evaluation; any other would make it a different run.
+MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes track
+                wandb_project_name wandb_entity""".split()
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts", "eval_samples"]
 
 
-def train(args: Args, run: Path, device: torch.device) -> None:
-    """GRPO (Shao et al. 2024, algorithm 1); goes on from the checkpoint in `run` if there is one."""
-    rank, world = rank_and_world()
-    torch.manual_seed(args.seed)
-    task = make_task(args)
-    model, tokenizer, eos_ids = make_model(args)
-    model.to(device).gradient_checkpointing = args.gradient_checkpointing
-    args = dataclasses.replace(
-        args, max_completion_length=args.max_completion_length or task.max_completion_length
-    )
-    if args.dataset:  # a prompt that is too long is found now, not when its turn comes
-        encode_prompts(tokenizer, sum(task.parts.values(), []), model, args.max_completion_length)
-    # The only generator: problems are functions of their number.
-    generator = torch.Generator().manual_seed(args.seed)
-    state = load_checkpoint(run) if args.resume and (run / "checkpoint.pt").exists() else None
-    first = state["step"] + 1 if state else 1
-
-    from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
-
-    if args.track and rank == 0:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            id=run.name,  # a resumed run goes on in the same place
-            resume="allow",
-            dir=str(run),
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
-    # What was logged past the checkpoint is hidden; it will be logged again.
-    writer = SummaryWriter(str(run), purge_step=first if state else -args.sft_steps) if rank == 0 else None
-
-    def log(metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items() if writer else ():
-            writer.add_scalar(name, value, step)
-
-    def say(line: str) -> None:
-        if rank == 0:
-            tqdm.write(line)
-
-    precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
-    elapsed, position, num_tokens = 0.0, 0, 0
-    if not args.model and not state:
-        start = time.perf_counter()
-        warm_up(model, tokenizer, task, args, log, precision)
-        elapsed = time.perf_counter() - start
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    samples_file, lines = run / "samples.jsonl", []
-    if state:
-        model.load_state_dict(state["model"])
-        reference.load_state_dict(state["reference"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        elapsed, position, num_tokens = state["elapsed"], state["position"], state["num_tokens"]
-        if samples_file.exists():
-            lines = samples_file.read_text().splitlines(keepends=True)
-        say(f"Resumed at step {first - 1:,}")
-    if rank == 0:
-        samples_file.write_text(
-            "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] < first)
-        )
-
-    def save(step: int) -> None:
-        state = {
-            "args": dataclasses.asdict(args),
-            "model": model.state_dict(),
-            "reference": reference.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-            "step": step,
-            "position": position,
-            "num_tokens": num_tokens,
-            "elapsed": elapsed,
-        }
-        if rank == 0:
-            writer.flush()
-            save_checkpoint(run / "checkpoint.pt", state)
-
-    def log_evaluation(step: int) -> None:
-        with precision:
-            metrics, samples = evaluate(model, reference, tokenizer, task, eos_ids, args)
-        log({f"eval/{name}": value for name, value in metrics.items()}, step)
-        k = args.eval_samples
-        say(
-            f"step {step:>5,}: evaluation pass@1 {metrics['pass@1']:.3f}, "
-            f"greedy {metrics['greedy_pass@1']:.3f}, pass@{k} {metrics[f'pass@{k}']:.3f}, "
-            f"length {metrics['mean_length']:.1f}, KL {metrics['kl_to_reference']:.2f}"
-        )
-        if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
-            say("Warning: the policy is over half a nat per token away from its reference; raise --beta")
-        if rank == 0:
-            rows = [{"step": step, **sample} for sample in samples]
-            with samples_file.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            writer.add_text("samples", "\n\n".join(f"`{json.dumps(row)}`" for row in rows), step)
-            if args.track:
-                table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
-                wandb.log({"samples": table, "global_step": step})
-
-    if not state:
-        if args.eval_interval:
-            log_evaluation(0)
-        save(0)
-    progress = tqdm(
-        total=args.max_steps, initial=first - 1, unit=" steps", disable=None if rank == 0 else True
-    )
-    last_line, cut_off_steps = -math.inf, 0
-    share, G = args.num_prompts // world, args.num_generations
-
-    for step in range(first, args.max_steps + 1):
-        start = time.perf_counter()
-        rate = min(step / max(args.warmup_steps, 1), 1)
-        if args.anneal_lr and step > args.warmup_steps:
-            rate = 1 - 0.95 * (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
-        if args.ref_model_sync_steps and step > 1 and (step - 1) % args.ref_model_sync_steps == 0:
-            reference.load_state_dict(model.state_dict())  # algorithm 1, line 3
-
-        # 1. Sample.
-        before = position
-        with precision:
-            rollout, position = collect_rollout(model, tokenizer, task, eos_ids, args, position, generator)
-        sampled = time.perf_counter()
-
-        # 2. Judge.
-        completions, rewards = rollout.completions, rollout.rewards["reward"]
-        advantages = group_advantages(rewards, args.advantages, args.advantage_temperature)
-        batch = make_batch(rollout.prompts, completions, advantages.flatten(), args)
-        if args.beta:
-            with precision:
-                batch.reference_log_probs = reference_of(reference, batch, args)
-
-        # 3. Learn.
-        updates = []
-        for _ in range(args.num_iterations):
-            for i in range(args.num_minibatches):
-                # Whole groups, and the same ones whatever the number of processes.
-                groups = torch.arange(i, share, args.num_minibatches)
-                rows = (groups[:, None] * G + torch.arange(G)).flatten().to(device)
-                with precision:
-                    updates.append(take_step(model, optimizer, batch, rows, args))
-                if not math.isfinite(updates[-1].get("grad_norm", 0.0)):
-                    raise SystemExit(
-                        f"grad_norm is {updates[-1]['grad_norm']} at step {step:,}; lower --learning-rate. "
-                        f"{run} keeps the last checkpoint"
-                    )
-
-        # 4. Log, evaluate, save.
-        seconds, tokens = time.perf_counter() - start, completions.lengths.sum()
-        elapsed += seconds
-        means = {  # over processes too
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(1).mean(),
-            "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean(),
-            "completions/mean_length": completions.lengths.float().mean(),
-            "completions/clipped_ratio": 1 - completions.finished.float().mean(),
-            "entropy": -completions.log_probs.sum(1).mean(),  # of a sequence; estimated from what was sampled
-        } | {f"rewards/{name}/mean": rollout.rewards[name].mean() for name in task.rewards}
-        values = torch.stack([x.float().to(device) for x in means.values()] + [tokens.float() * world])
-        *values, tokens = (sum_over_ranks(values) / world).tolist()
-        num_tokens += int(tokens)
-        metrics = dict(zip(means, values))
-        metrics["entropy"] /= metrics["completions/mean_length"]
-        updates = [update for update in updates if update]
-        for name in updates[0] if updates else ():
-            metrics[name] = sum(update[name] for update in updates) / len(updates)
-            if name.startswith("logp_difference"):
-                metrics[name] = updates[0][name]  # later ones hold what the first one changed
-        metrics |= {"learning_rate": args.learning_rate * rate, "num_tokens": num_tokens}
-        metrics |= {"updates": len(updates), "sampled_prompts": position - before}
-        log(metrics, step)
-        log({"time/rollout": sampled - start, "time/update": start + seconds - sampled}, step)
-        log({"time/elapsed": elapsed, "perf/generated_tokens_per_second": tokens / (sampled - start)}, step)
-        log({"perf/tokens_per_second": tokens / seconds}, step)
-        cut_off_steps = cut_off_steps + 1 if metrics["completions/clipped_ratio"] > 0.5 else 0
-        if cut_off_steps == 5:
-            say("Warning: most completions are cut off; raise --max-completion-length")
-        if not updates:
-            say(f"Warning: at step {step:,} all rewards of each group are equal: nothing to learn from")
-        last = step == args.max_steps
-        if args.eval_interval and (last or step % args.eval_interval == 0):
-            log_evaluation(step)
-        if last or step % args.checkpoint_interval == 0:
-            save(step)
-        progress.set_postfix_str(f"reward {metrics['reward']:.3f}", refresh=False)
-        progress.update()
-        if rank == 0 and progress.disable and (last or time.perf_counter() - last_line > 10):
-            last_line = time.perf_counter()
-            speed = f"{tokens / seconds:,.0f} tokens/s"
-            print(f"step {step:>5,}: reward {metrics['reward']:.3f}, {speed}", flush=True)
-
-    progress.close()
-    if rank == 0:
-        writer.close()
-        export(model, tokenizer, eos_ids, run / "model")
-        if args.track:
-            wandb.finish()
+def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
+    """Ends the program if arguments differ from saved ones in a flag that may not change."""
+    for name, value in saved.items():
+        if arguments.get(name) != value and name not in may_change:
+            change = f"{name} from {value} to {arguments.get(name)}"
+            raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
 
 
-def make_task(args: Args) -> Task | Dataset:
-    if args.dataset:
-        return Dataset(args)
-    return {"arithmetic": Arithmetic, "countdown": Countdown, "reviews": Reviews}[args.task](args.seed)
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line, on top of the arguments of the run that it names, if it names one."""
+    args = tyro.cli(Args, args=arguments)
+    named = args.run_name and Path(args.runs, args.run_name)
+    run = args.resume or args.evaluate or (named if named and (named / "args.json").exists() else None)
+    if not run:
+        return args
+    saved = read_args(run)
+    # The name of a module in a file is not trusted: only the command line can have it imported.
+    default = dataclasses.replace(saved, task=saved.task.rpartition(":")[2], reward=[])
+    args = tyro.cli(Args, args=arguments, default=default)
+    unconfirmed = [f"--task {saved.task}"] if saved.task != args.task == default.task else []
+    unconfirmed += [] if args.reward else [f"--reward {reward}" for reward in saved.reward]
+    if unconfirmed:
+        raise SystemExit(f"The run imports modules of yours; confirm them with {' '.join(unconfirmed)}")
+    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
+    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    return args
 
 
-def evaluate_run(args: Args, device: torch.device) -> None:
-    """Prints the metrics of a run on its held-out prompts."""
-    state = load_checkpoint(args.evaluate)
-    saved = Args(**state["args"])
-    args = dataclasses.replace(
-        saved, eval_prompts=args.eval_prompts, eval_samples=args.eval_samples, seed=args.seed
-    )
-    task, (model, tokenizer, eos_ids) = make_task(saved), make_model(saved)
-    reference = copy.deepcopy(model)
-    model.load_state_dict(state["model"])
-    reference.load_state_dict(state["reference"])
-    with torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device)):
-        metrics, _ = evaluate(model.to(device), reference.to(device), tokenizer, task, eos_ids, args)
-    values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    print(f"{args.task_name}: {values} over {len(task.held_out_problems(args.eval_prompts))} prompts")
-
-
-def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
-    available = {"cuda": torch.cuda.is_available()}
-    if not available.get(args.device, True):
-        raise SystemExit(f"PyTorch finds no {args.device} device here; use --device auto")
-    cuda = available["cuda"] and args.device != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    model = load_checkpoint(args.evaluate)["args"]["model"] if args.evaluate else args.model
-    if not model:
+def prepare(args: Args) -> torch.device:
+    """Settles threads, processes and the device before the first tensor; returns the device."""
+    if not args.model:
         torch.set_num_threads(1)  # for a small model a second thread costs more than it gives
-    if args.evaluate:
-        evaluate_run(args, device)
-        return Path(args.evaluate)
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if args.device == "cuda" and not cuda:
+        raise SystemExit("PyTorch finds no cuda device here; use --device auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     if args.num_prompts % (world * args.num_minibatches):
-        raise SystemExit(
-            f"num_prompts = {args.num_prompts} must be a multiple of {world} processes x "
-            f"{args.num_minibatches} minibatches"
-        )
+        product = f"{world} processes x {args.num_minibatches} minibatches"
+        raise SystemExit(f"num_prompts = {args.num_prompts} must be a multiple of {product}")
     if args.sft_batch_size < world:
         raise SystemExit(f"sft_batch_size must be at least {world}, one per process")
-    if args.kl == "k1" and args.beta and rank == 0:
-        print("Warning: the gradient of k1 is 0 on average, so it holds nothing back; use k2 or k3")
+    if args.kl == "k1" and args.beta:
+        say("Warning: the gradient of k1 is 0 on average, so it holds nothing back; use k2 or k3")
+    return device
 
-    if args.resume:
-        run = Path(args.resume)
-    else:
-        name = f"{args.task_name}__{args.exp_name}__{args.seed}"
-        stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        if dist.is_initialized():
-            dist.broadcast_object_list(stamp)
-        run = Path(args.runs) / f"{name}__{stamp[0]}"
+
+def main(args: Args) -> Path:
+    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    device = prepare(args)
+    if not args.dataset:
+        make_task(args)  # refuses before there is a run directory
+    torch.manual_seed(args.seed)
+    run = Run(args, device)
     try:
-        if rank == 0:
-            run.mkdir(parents=True, exist_ok=args.resume is not None)
-            (run / "args.tmp").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-            os.replace(run / "args.tmp", run / "args.json")
-            print(f"Run directory: {run}", flush=True)
-    except OSError as error:
-        raise SystemExit(f"Cannot write the run directory {run}: {error}")
-    try:
-        train(args, run, device)
+        train(args, run)
     except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted; go on with: python {Path(__file__).name} --resume {run}")
-    except OSError as error:
-        raise SystemExit(f"{error}; go on with: python {Path(__file__).name} --resume {run}")
+        raise SystemExit(f"\nEnded at once; {run.advice}")
+    except Exception:
+        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        raise
     finally:
+        run.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-    return run
+    return run.path
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # for paths with letters that the terminal lacks
+    try:
+        main(parse_args())
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would fail once more when it closes the output
+        raise SystemExit("Nobody reads the output any more, so the program ends; checkpoints are kept")

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from benchmark.manifest import REPOSITORY
-from benchmark.suites import EVALUATION, TRAINING, find_suite
+from benchmark.suites import find_suite
 
 RESULTS = REPOSITORY / "benchmark" / "results"
 FIGURES = REPOSITORY / "benchmark" / "figures"
@@ -109,15 +109,15 @@ def frontier(
 def curve(
     run: tyro.conf.Positional[Path],
     out: Path | None = None,
-    training_tag: str = TRAINING,
-    evaluation_tag: str = EVALUATION,
+    training_tag: str | None = None,
+    evaluation_tag: str | None = None,
 ) -> None:
     """Draw the learning curve of one run.
 
     Args:
         run: run directory
         out: where the PNG goes; curve.png in the run directory if not given
-        training_tag: logged name of the training curve
+        training_tag: logged name of the training curve; the return, the reward, or else the loss
         evaluation_tag: logged name of the evaluations
     """
     from benchmark.figures import draw_run

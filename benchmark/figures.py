@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmark.events import logged, make_curve, read_scalars
 from benchmark.results import Summary, bootstrap_interval
-from benchmark.suites import ELAPSED, Task
+from benchmark.suites import ELAPSED, EVALUATION, TRAINING, Task
 
 COLORS = (
     "#0072b2",
@@ -154,9 +154,21 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
         save(figure, path)
 
 
-def draw_run(run: Path, path: Path, training_tag: str, evaluation_tag: str) -> str:
-    """Draws training and evaluation of one run against steps; returns first and last evaluation in words."""
+# What a run is drawn by: the first of each that it has logged.
+TRAINING_TAGS = (TRAINING, "reward", "rewards/accuracies", "loss")
+EVALUATION_TAGS = (EVALUATION, "eval/pass@1", "eval/true_reward", "eval/accuracy")
+
+
+def draw_run(
+    run: Path, path: Path, training_tag: str | None = None, evaluation_tag: str | None = None
+) -> str:
+    """Draws training and evaluation of one run against steps; returns first and last evaluation in words.
+
+    A tag that is not given is the first of TRAINING_TAGS or EVALUATION_TAGS that the run has logged.
+    """
     scalars = read_scalars(run)
+    training_tag = training_tag or next((tag for tag in TRAINING_TAGS if tag in scalars), TRAINING)
+    evaluation_tag = evaluation_tag or next((tag for tag in EVALUATION_TAGS if tag in scalars), EVALUATION)
     curve = make_curve(scalars, (training_tag, evaluation_tag), keep=evaluation_tag, rows=1000)
     evaluations = logged(curve, evaluation_tag)
     with rc_context(STYLE):

@@ -50,16 +50,15 @@ def sampled_rewards(reference: Path, prompts: int = 64, samples: int = 1024) -> 
     """True rewards (prompts, samples) of completions of a model made by dpo_llm.py."""
     import dpo_llm
 
-    task, tokenizer = dpo_llm.Reviews(seed=0), dpo_llm.make_tokenizer()
-    model = dpo_llm.Transformer.from_pretrained(reference)
-    problems = task.held_out_problems(prompts)
+    task, model = dpo_llm.Reviews(), dpo_llm.read_model(reference)
+    problems = [dpo_llm.draw(task, 0, i, held_out=True) for i in range(prompts)]
     uniforms = torch.rand(
         prompts, samples, task.max_completion_length, generator=torch.Generator().manual_seed(0)
     )
-    ids = dpo_llm.encode_prompts(tokenizer, problems, model, task.max_completion_length)
-    texts = dpo_llm.decode(tokenizer, dpo_llm.sample(model, ids, uniforms, [tokenizer.eos_token_id]))
+    ids = dpo_llm.encode_prompts(model, problems, task.max_completion_length)
+    texts = model.decode(dpo_llm.sample(model, ids, uniforms).tokens)
     rows = [problem for problem in problems for _ in range(samples)]
-    return dpo_llm.true_rewards(task, rows, texts).double().view(prompts, samples).numpy()
+    return dpo_llm.score(task, rows, texts)["reward"].double().view(prompts, samples).numpy()
 
 
 @dataclass

@@ -128,12 +128,12 @@ def trl_grpo(model: str, max_steps: int, runs: Path, bf16: bool = True) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo_llm import Arithmetic, number_reward
+    from grpo_llm import Arithmetic, draw, number_reward
 
     def correctness(prompts: list[str], completions: list[str], answer: list[str], **columns) -> list[float]:
         return number_reward(prompts, completions, answer)
 
-    problems = [Arithmetic(seed=1).train_problem(i) for i in range(32 * (max_steps + 1))]
+    problems = [draw(Arithmetic(), 1, i) for i in range(32 * (max_steps + 1))]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model),
         processing_class=AutoTokenizer.from_pretrained(model),

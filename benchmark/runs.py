@@ -13,6 +13,8 @@ from pathlib import Path
 from benchmark import events, manifest
 from benchmark.suites import Task
 
+RUN_NAME = "run"  # of the run directory of a job
+
 
 @dataclass
 class Job:
@@ -40,13 +42,8 @@ class Job:
         return self.curve.exists() and self.manifest.exists()
 
     def last_run(self) -> Path | None:
-        """The newest run directory; the time of its start ends its name."""
-        return max((path.parent for path in self.runs.glob("*/args.json")), default=None)
-
-    def run_to_resume(self) -> Path | None:
-        """The run directory of an interrupted run that has come as far as a checkpoint."""
-        run = self.last_run()
-        return run if run and (run / "checkpoint.pt").exists() else None
+        """The run directory, once the script has made it."""
+        return self.runs / RUN_NAME if (self.runs / RUN_NAME / "args.json").exists() else None
 
 
 @dataclass
@@ -94,13 +91,9 @@ def start_job(job: Job, cores: list[int]) -> RunningJob:
     cores = cores if job.task.multithreaded else cores[:1]
     arguments = job.task.arguments(job.seed)
     description = {"command": shlex.join(["python", *arguments])} | manifest.describe()
-    run = job.run_to_resume()
-    if run:
-        arguments = [job.task.script, "--resume", str(run)]
-    else:
-        arguments += ["--runs", str(job.runs)]
-    description |= {"script_blob": manifest.git("hash-object", job.task.script), "resumed": run is not None}
-    description |= {"threads": len(cores)}
+    description |= {"script_blob": manifest.git("hash-object", job.task.script)}
+    description |= {"resumed": job.last_run() is not None, "threads": len(cores)}
+    arguments += ["--runs", str(job.runs), "--run-name", RUN_NAME]  # goes on if the run is there already
     return RunningJob(job, start_process(arguments, job.log, cores), description, time.perf_counter())
 
 

@@ -17,7 +17,7 @@ from benchmark.report import table
 from benchmark.runs import last_lines, start_process
 
 DROPPED = 3  # iterations at the start, with compilation and warm-up
-LOGGED_ONCE_PER_ITERATION = ("charts/SPS", "time/fps", "perf/tokens_per_second")  # whichever there is
+LOGGED_ONCE_PER_ITERATION = ("time/elapsed", "charts/SPS", "time/fps")  # whichever there is
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,9 @@ FRONTIER = {
 }
 # Without the likelihood of the chosen that stands beside DPO by default.
 PURE = ("--sft-coef", "0")
-GRPO_ON_REVIEWS = ("--sft-steps", "300", "--eval-prompts", "512", "--eval-samples", "1")  # as in dpo_llm.py
+# As in dpo_llm.py, which has the task.
+GRPO_ON_REVIEWS = ("--task", "dpo_llm:Reviews", "--sft-steps", "300", "--eval-prompts", "512")
+GRPO_ON_REVIEWS += ("--eval-samples", "1")
 
 
 def grpo(*flags: str, label: str = "") -> Task:
@@ -354,6 +356,7 @@ SUITES: dict[str, list[Task]] = {
             replace(
                 grpo("--beta", beta, *GRPO_ON_REVIEWS, label=f"grpo, beta {beta}"),
                 environment="reviews",
+                environment_flag="",  # GRPO_ON_REVIEWS names the task
                 training_name="true reward",
             )
             for beta in ("0.3", "0.1", "0.03")

@@ -1,12 +1,15 @@
 """Starting scripts as a user does, reading what a run has logged, and comparing checkpoints bit for bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -14,12 +17,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WALL_CLOCK = {"charts/SPS", "time/elapsed"}  # the only numbers that two equal runs may differ in
 
 
-def start(script: str, *flags, cwd: Path, **environment: str) -> subprocess.Popen:
-    """The script in a process of its own, started in `cwd`; its output comes line by line."""
+def start(script: str, *flags, cwd: Path, merge: bool = True, **environment: str) -> subprocess.Popen:
+    """The script in a process of its own, started in `cwd`; its output and errors come line by line."""
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    errors = subprocess.STDOUT if merge else subprocess.PIPE
+    pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
     # Where the tests run in the background Ctrl-C is ignored, and a process that is started inherits that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -44,6 +48,21 @@ def read_curves(run: Path) -> dict[str, dict[int, float]]:
                 if value.tag not in WALL_CLOCK:
                     curves.setdefault(value.tag, {})[event.step] = make_ndarray(value.tensor).item()
     return curves
+
+
+def steps_in_tensorboard(run: Path, wall_clock: bool = False) -> dict[str, list[int]]:
+    """The steps at which TensorBoard shows each curve, {tag: steps}: what was purged is not among them.
+
+    TensorBoard reads files in the order of their names, which hold the second. Tests resume within a second,
+    so the files are renamed in the order of writing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(run.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+        for i, file in enumerate(files):
+            shutil.copy(file, Path(folder, f"events.out.tfevents.{i:05}"))
+        accumulator = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in accumulator.Tags()["scalars"] if wall_clock or tag not in WALL_CLOCK]
+    return {tag: [event.step for event in accumulator.Scalars(tag)] for tag in tags}
 
 
 def difference(one, other, path: str = "") -> str | None:

@@ -14,7 +14,6 @@ import re
 import signal
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +22,8 @@ import numpy as np
 import pytest
 import stub_environments
 import torch
-from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AutoresetMode
-from helpers import checkpoint_difference, read_curves, start
+import torch.nn as nn
+from helpers import checkpoint_difference, difference, read_curves, start
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, refusal
 from torch.distributions import Categorical
 
@@ -44,7 +42,7 @@ def seeded():
 # ---------------------------------------------------------------------------------------- environments
 
 
-class Coded(stub_environments.Coded):
+class Coded(stub_environments.Seeded):
     """With three actions, numbered from 2."""
 
     def __init__(self, noise: float = 0.0, render_mode: str | None = None):
@@ -70,58 +68,11 @@ class Nested(stub_environments.Matrix):
     action_space = gym.spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[1, 1], [1, 1]])
 
 
-class SameStepCartPole(CartPoleVectorEnv):
-    """Says that it resets in the very step that ends an episode."""
-
-    metadata = CartPoleVectorEnv.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
-
-
-CARTPOLE = "gymnasium.envs.classic_control:CartPoleEnv"
 gym.register("Actions/Coded-v0", Coded)
 gym.register("Actions/NoisyCoded-v0", Coded, kwargs={"noise": 1.0})
 gym.register("Actions/Poisoned-v0", Poisoned)
 gym.register("Actions/Opaque-v0", Opaque)
 gym.register("Actions/Nested-v0", Nested)
-gym.register("Actions/NestedVector-v0", Nested, vector_entry_point=CartPoleVectorEnv)
-gym.register("Actions/SameStep-v0", CARTPOLE, vector_entry_point=SameStepCartPole, max_episode_steps=500)
-gym.register(
-    "Actions/Wrapped-v0",
-    CARTPOLE,
-    vector_entry_point=CartPoleVectorEnv,
-    additional_wrappers=(gym.wrappers.NormalizeObservation.wrapper_spec(),),
-    max_episode_steps=500,
-)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "kind"),
-    [
-        ("CartPole-v1", CartPoleVectorEnv),
-        ("Acrobot-v1", gym.vector.SyncVectorEnv),
-        ("Actions/Coded-v0", gym.vector.SyncVectorEnv),
-        ("Actions/Nested-v0", gym.vector.SyncVectorEnv),
-        ("Actions/NestedVector-v0", gym.vector.SyncVectorEnv),
-        ("Actions/Wrapped-v0", gym.vector.SyncVectorEnv),
-        ("Actions/SameStep-v0", gym.vector.SyncVectorEnv),
-    ],
-)
-def test_vector_environments(env_id, kind):
-    """Gymnasium's own vectorised form where it does the same as the single environment, else one by one."""
-    envs, env = a2c.make_vector_env(env_id, 3), a2c.make_env(env_id)
-    assert type(envs.unwrapped) is kind and envs.num_envs == 3
-    assert envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-    assert envs.single_observation_space == env.observation_space
-    assert envs.single_action_space == env.action_space
-    if kind is gym.vector.SyncVectorEnv:
-        assert envs.autoreset_mode == AutoresetMode.NEXT_STEP and len({map(id, envs.envs)}) == 1
-        assert len({id(x.unwrapped) for x in envs.envs}) == 3
-    else:
-        assert envs.max_episode_steps == env.spec.max_episode_steps == 500
-
-
-def swing(observations: np.ndarray) -> np.ndarray:
-    """Actions that bring Acrobot to its goal within some 80 steps."""
-    return np.where(observations[:, 5] > 0, 2, 0)
 
 
 def tumble(observations: np.ndarray) -> np.ndarray:
@@ -129,58 +80,125 @@ def tumble(observations: np.ndarray) -> np.ndarray:
     return (observations[:, 2] > 0).astype(int)
 
 
+def swing(observations: np.ndarray) -> np.ndarray:
+    """Actions that bring Acrobot to its goal within some 80 steps."""
+    return np.where(observations[:, 5] > 0, 2, 0)
+
+
+def balance(observations: np.ndarray) -> np.ndarray:
+    """Actions that keep the pole of CartPole up for ever."""
+    return (observations @ np.array([0.1, 0.3, 1, 0.5]) > 0).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kind"),
+    [
+        ("CartPole-v1", a2c.CartPoles),
+        ("CartPole-v0", a2c.CartPoles),
+        ("Acrobot-v1", a2c.Environments),
+        ("Actions/Nested-v0", a2c.Environments),
+    ],
+)
+def test_cartpole_is_vectorised_and_others_are_stepped_in_turn(env_id, kind):
+    envs, env = a2c.make_environments(env_id, 3), a2c.make_env(env_id)
+    assert type(envs) is kind and len(envs) == 3
+    assert envs.observations.shape == (3, *env.observation_space.shape)
+    assert envs.statistics() == {}
+
+
+def test_vectorised_cartpole_steps_as_the_single_one_and_begins_at_once():
+    """Also at the time limit; each begun episode starts as Gymnasium's do."""
+    torch.manual_seed(6)
+    envs, env = a2c.CartPoles("CartPole-v1", 3), gym.make("CartPole-v1").unwrapped
+    env.reset()
+    age, sums, finished, ends = np.zeros(3, int), np.zeros(3), [], {"fallen": 0, "time limit": 0}
+    starts = []
+    for t in range(1300):
+        observations = envs.observations
+        # The first one balances after 200 steps, and so meets its time limit.
+        actions = np.where((np.arange(3) == 0) & (t > 200), balance(observations), tumble(observations))
+        next_observations, rewards, terminated, done = envs.step(actions[:, None])
+        age, sums = age + 1, sums + rewards
+        for n in range(3):
+            env.state, env.steps_beyond_terminated = np.array(observations[n], np.float64), None
+            observation, reward, fallen, *_ = env.step(actions[n])
+            np.testing.assert_allclose(next_observations[n], observation, rtol=1e-4, atol=1e-5)
+            limit = age[n] == 500
+            assert (rewards[n], terminated[n], done[n]) == (reward, fallen, fallen or limit)
+            if done[n]:
+                starts.append(envs.observations[n])
+                finished.append((sums[n], age[n]))
+                ends["fallen" if fallen else "time limit"] += 1
+                age[n] = sums[n] = 0
+            else:
+                assert np.array_equal(envs.observations[n], next_observations[n])
+    assert ends["fallen"] > 20 and ends["time limit"] == 2
+    assert [*envs.finished] == finished[-100:]
+    names = {"charts/episodic_return": 0, "charts/episodic_length": 1}
+    means = {name: pytest.approx(np.mean(finished[-100:], axis=0)[i]) for name, i in names.items()}
+    assert envs.statistics() == means
+    starts = np.array(starts)  # drawn uniformly from [-0.05, 0.05]
+    assert len({*starts.flat}) == starts.size > 80 and np.abs(starts).max() <= 0.05
+    assert abs(starts.mean()) < 0.012 and starts.std() == pytest.approx(0.1 / math.sqrt(12), rel=0.2)
+
+
+def test_vectorised_cartpoles_differ_and_depend_on_the_generator_of_pytorch():
+    observations = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        observations.append(a2c.CartPoles("CartPole-v1", 2).observations)
+    assert np.array_equal(observations[0], observations[1])
+    assert len({*np.concatenate(observations[1:]).flat}) == 16
+
+
 @pytest.mark.parametrize("moment", ["in the middle of episodes", "right after an end"])
 @pytest.mark.parametrize(
     ("env_id", "policy"), [("CartPole-v1", tumble), ("Acrobot-v1", swing), ("Actions/NoisyCoded-v0", None)]
 )
 def test_restored_environments_go_on_bit_for_bit(env_id, policy, moment):
-    """Through a file and into fresh environments; one at a time ends, and is reset in the step after."""
+    """Through a file and into fresh environments, with what they count."""
     policy = policy or (lambda observations: np.full(len(observations), 3))
-    envs = a2c.make_vector_env(env_id, 3)
-    latest, _ = envs.reset(seed=5)
+    envs = a2c.make_environments(env_id, 3)
     ended_steps = 0
     for _ in range(1000):
-        latest, _, terminated, truncated, _ = envs.step(policy(latest))
-        done = terminated | truncated
+        *_, done = envs.step(policy(envs.observations))
         ended_steps += done.any()
         if ended_steps >= 2 and done.any() == (moment == "right after an end"):
             break
     assert done.any() == (moment == "right after an end") and not done.all()
     file = io.BytesIO()
-    torch.save(a2c.get_vector_state(envs), file)
+    torch.save({"envs": envs.state_dict(), "generator": torch.get_rng_state()}, file)
     file.seek(0)
-    restored = a2c.make_vector_env(env_id, 3)
-    restored.reset(seed=77)
-    for _ in range(3):  # what it was before it is restored must not matter
-        restored.step(policy(latest))
-    a2c.set_vector_state(restored, torch.load(file, weights_only=True))
-    ends = 0
+    count, expected = len(envs.finished), []
     for _ in range(250):
-        actions = policy(latest)
-        ours, theirs = envs.step(actions)[:4], restored.step(actions)[:4]
-        for one, other in zip(ours, theirs, strict=True):
+        expected.append((*envs.step(policy(envs.observations)), envs.observations))
+    torch.manual_seed(77)
+    restored = a2c.make_environments(env_id, 3)
+    for _ in range(3):  # what it was before it is restored must not matter
+        restored.step(policy(restored.observations))
+    state = torch.load(file, weights_only=True)
+    torch.set_rng_state(state["generator"])
+    restored.load_state_dict(state["envs"])
+    for arrays in expected:
+        again = (*restored.step(policy(restored.observations)), restored.observations)
+        for one, other in zip(arrays, again, strict=True):
             assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
-        latest, ends = ours[0], ends + (ours[2] | ours[3]).sum()
-    assert ends >= 5
+    assert sum(done.sum() for *_, done, _ in expected) >= 5
+    assert count > 0 and [*restored.finished] == [*envs.finished] and envs.lengths.any()
+    assert np.array_equal(restored.lengths, envs.lengths) and np.array_equal(restored.returns, envs.returns)
 
 
 def test_restored_environments_keep_to_their_time_limit():
-    """Acrobot that does nothing is truncated 500 steps after its start, not after it was restored."""
-    envs = a2c.make_vector_env("Acrobot-v1", 1)
-    envs.reset(seed=0)
-    for _ in range(300):
-        envs.step(np.array([1]))
-    restored = a2c.make_vector_env("Acrobot-v1", 1)
-    restored.reset(seed=1)
-    a2c.set_vector_state(restored, a2c.get_vector_state(envs))
-    truncated = [restored.step(np.array([1]))[3].item() for _ in range(202)]
-    assert truncated == [False] * 199 + [True] + [False] * 2
-
-
-def test_state_that_cannot_be_read_is_none():
-    envs = a2c.make_vector_env("Actions/Opaque-v0", 2)
-    envs.reset(seed=0)
-    assert a2c.get_vector_state(envs) is None
+    """Truncated 500 steps after the start, not after it was restored; the first Acrobot has all of them."""
+    for env_id, policy in (("Acrobot-v1", lambda x: np.ones(len(x), int)), ("CartPole-v1", balance)):
+        envs = a2c.make_environments(env_id, 1)
+        for _ in range(300):
+            *_, done = envs.step(policy(envs.observations))
+            assert not done.any()
+        restored = a2c.make_environments(env_id, 1)
+        restored.load_state_dict(envs.state_dict())
+        done = [restored.step(policy(restored.observations))[3].item() for _ in range(202)]
+        assert done == [False] * 199 + [True] + [False] * 2
 
 
 # -------------------------------------------------------------------------------------------- RMSprop
@@ -211,10 +229,15 @@ def test_rmsprop_is_the_formula():
             p -= rate * d.numpy() / np.sqrt(g + 1e-5)
         for p, q in zip(parameters, expected):
             np.testing.assert_allclose(p, q, rtol=1e-6, atol=1e-7)  # the rate is a float32
-    rate, *state = optimizer.state()
-    assert rate is optimizer.learning_rate and rate.item() == pytest.approx(0.5 / 8)
-    for saved, g in zip(state, mean_squares, strict=True):
+    state = optimizer.state_dict()
+    assert state["learning_rate"][0].item() == pytest.approx(0.5 / 8)
+    for saved, g in zip(state["mean_squares"], mean_squares, strict=True):
         np.testing.assert_allclose(saved, g, rtol=1e-12)
+    other = a2c.RMSprop([torch.zeros_like(p) for p in parameters], 1.0, 0.9, 1e-5)
+    tensors = [other.learning_rate, *other.mean_squares]
+    other.load_state_dict(copy.deepcopy(state))  # into the tensors that a compiled update refers to
+    assert difference(other.state_dict(), state) is None
+    assert [*map(id, tensors)] == [*map(id, (other.learning_rate, *other.mean_squares))]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 0.99])
@@ -264,35 +287,31 @@ def make_agent(shared: bool = False, sizes: list[int] = SIZES) -> a2c.Agent:
     return agent
 
 
-def make_rollout(T: int, N: int, seed: int, sizes: list[int] = SIZES) -> list[torch.Tensor]:
-    """As `collect_rollout` makes them, in float64: a step after an end is not valid and ends nothing."""
+def make_batch(T: int, N: int, seed: int, sizes: list[int] = SIZES) -> a2c.Batch:
+    """As `collect_rollout` makes them, in float64."""
     generator = np.random.default_rng(seed)
     observations, rewards = generator.normal(size=(T + 1, N, 4)), generator.normal(size=(T, N))
     actions = np.stack([generator.integers(size, size=(T, N)) for size in sizes], -1)
-    terminated, done, valid = np.zeros((3, T, N), bool)
-    done_before = np.arange(N) % 3 == 0
-    for t in range(T):
-        valid[t] = ~done_before
-        terminated[t], truncated = (generator.random((2, N)) < 0.2) & valid[t]
-        done_before = done[t] = terminated[t] | truncated
-    rewards[~valid] = 0
-    return [torch.from_numpy(x) for x in (observations, actions, rewards, terminated, done, valid)]
+    terminated, truncated = generator.random((2, T, N)) < 0.2
+    final_values = np.where(truncated & ~terminated, generator.normal(size=(T, N)), 0)
+    arrays = observations, actions, rewards, terminated, terminated | truncated, final_values
+    return a2c.Batch(*map(torch.from_numpy, arrays))
 
 
-def plain_targets(agent, args, observations, rewards, terminated, done, valid) -> dict[tuple, tuple]:
-    """{(t, n): (advantage, return)} of the valid steps, from the definitions, as numbers."""
-    T, N = rewards.shape
+def plain_targets(agent, args, batch: a2c.Batch) -> dict[tuple, tuple]:
+    """{(t, n): (advantage, return)}, from the definitions, as numbers."""
+    T, N = batch.rewards.shape
     with torch.no_grad():
-        values = [[agent.value(observations[t, n]).item() for n in range(N)] for t in range(T + 1)]
+        values = [[agent.value(batch.observations[t, n]).item() for n in range(N)] for t in range(T + 1)]
     targets = {}
     for n in range(N):
         R = 0.0
         for t in reversed(range(T)):
-            if not valid[t, n]:
-                continue
-            reward, value = rewards[t, n].item(), values[t][n]
-            bootstrap = 0.0 if terminated[t, n] else values[t + 1][n]
-            last = bool(done[t, n]) or t == T - 1
+            reward, value = batch.rewards[t, n].item(), values[t][n]
+            done, terminated = bool(batch.done[t, n]), bool(batch.terminated[t, n])
+            after = batch.final_values[t, n].item() if done else values[t + 1][n]
+            bootstrap = 0.0 if terminated else after
+            last = done or t == T - 1
             if args.gae_lambda == 1:  # algorithm S3: R = r + gamma R, begun with 0 or V
                 R = reward + args.gamma * (bootstrap if last else R)
                 targets[t, n] = (R - value, R)
@@ -304,9 +323,9 @@ def plain_targets(agent, args, observations, rewards, terminated, done, valid) -
     return targets
 
 
-def plain_loss(agent, args, rollout, targets) -> tuple[torch.Tensor, list[float]]:
-    """The loss of the docstring, one valid step at a time, and policy loss, value loss and entropy."""
-    observations, actions = rollout[:2]
+def plain_loss(agent, args, batch, targets) -> tuple[torch.Tensor, list[float]]:
+    """The loss of the docstring, one step at a time, and policy loss, value loss and entropy."""
+    observations, actions = batch[:2]
     policy_losses, value_losses, entropies = [], [], []
     advantages = np.array([advantage for advantage, _ in targets.values()])
     mean, std = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
@@ -320,6 +339,15 @@ def plain_loss(agent, args, rollout, targets) -> tuple[torch.Tensor, list[float]
     means = [sum(losses) / len(losses) for losses in (policy_losses, value_losses, entropies)]
     loss = means[0] + args.vf_coef * means[1] - args.ent_coef * means[2]
     return loss, [x.item() for x in means]
+
+
+def coefficients_of(args: a2c.Args, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    coefficients = a2c.make_coefficients(args, "cpu")
+    assert {name: x.item() for name, x in coefficients.items()} == pytest.approx(
+        {"value": args.vf_coef, "entropy": args.ent_coef}
+    )
+    values = {"value": args.vf_coef, "entropy": args.ent_coef}
+    return {name: torch.tensor(x, dtype=dtype) for name, x in values.items()}
 
 
 def gradient_args(**changes) -> a2c.Args:
@@ -339,14 +367,14 @@ def gradient_args(**changes) -> a2c.Args:
     ids=lambda changes: "-".join(f"{name}-{value}" for name, value in changes.items()) or "n-step",
 )
 def test_gradients_are_those_of_the_textbook_loss(changes, shared):
-    agent, rollout, args = make_agent(shared), make_rollout(9, 5, seed=2), gradient_args(**changes)
-    observations, actions, rewards, terminated, done, valid = rollout
-    assert terminated[:-1].any() and (done & ~terminated)[:-1].any() and not valid[0].all()
-    assert 0 < done[-1].sum() < 5  # an end in the last row, and rollouts that go on
-    gradients, metrics = a2c.compute_gradients(agent, args, *rollout)
-    targets = plain_targets(agent, args, observations, rewards, terminated, done, valid)
-    assert len(targets) == valid.sum() < valid.numel()
-    loss, means = plain_loss(agent, args, rollout, targets)
+    agent, batch, args = make_agent(shared), make_batch(9, 5, seed=2), gradient_args(**changes)
+    truncated = batch.done & ~batch.terminated
+    assert batch.terminated[:-1].any() and truncated[:-1].any() and (batch.terminated & batch.done).any()
+    assert 0 < batch.done[-1].sum() < 5  # an end in the last row, and rollouts that go on
+    gradients, metrics = a2c.compute_gradients(agent, args, batch, coefficients_of(args))
+    targets = plain_targets(agent, args, batch)
+    assert len(targets) == 9 * 5
+    loss, means = plain_loss(agent, args, batch, targets)
     expected = torch.autograd.grad(loss, list(agent.parameters()), materialize_grads=True)
     norm = math.sqrt(sum(x.square().sum().item() for x in expected))
     scale = min(1, args.max_grad_norm / norm)
@@ -370,10 +398,9 @@ def test_gradients_are_those_of_the_textbook_loss(changes, shared):
 
 def test_advantages_and_returns_are_not_differentiated():
     """The gradient along a direction is the finite difference of the loss with both held fixed."""
-    agent, rollout, args = make_agent(True), make_rollout(6, 4, seed=3), gradient_args(gae_lambda=0.9)
-    observations, _, rewards, *flags_of_steps = rollout
-    targets = plain_targets(agent, args, observations, rewards, *flags_of_steps)
-    gradients, _ = a2c.compute_gradients(agent, args, *rollout)
+    agent, batch, args = make_agent(True), make_batch(6, 4, seed=3), gradient_args(gae_lambda=0.9)
+    targets = plain_targets(agent, args, batch)
+    gradients, _ = a2c.compute_gradients(agent, args, batch, coefficients_of(args))
     for _ in range(3):
         direction, losses = [torch.randn_like(p) for p in agent.parameters()], []
         for size in (1e-5, -1e-5):
@@ -381,200 +408,127 @@ def test_advantages_and_returns_are_not_differentiated():
             with torch.no_grad():
                 for p, d in zip(moved.parameters(), direction):
                     p += size * d
-                losses.append(plain_loss(moved, args, rollout, targets)[0].item())
+                losses.append(plain_loss(moved, args, batch, targets)[0].item())
         slope = sum((g * d).sum().item() for g, d in zip(gradients, direction))
         assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_invalid_steps_have_no_influence(norm_adv):
-    """Not in a single bit, whatever action, reward and, after a termination, observation are there."""
-    args = gradient_args(gae_lambda=0.9, norm_adv=norm_adv, max_grad_norm=0.5)
-    agent, rollout = make_agent().float(), make_rollout(10, 6, seed=4)
-    observations, actions, rewards, terminated, done, valid = rollout
-    last = valid[-1].nonzero()[0]
-    terminated[-1, last] = done[-1, last] = True
-    rollout[0], rollout[2] = observations, rewards = observations.float(), rewards.float()
-    gradients, metrics = a2c.compute_gradients(agent, args, *rollout)
-    changed = [x.clone() for x in rollout]
-    changed[1][~valid] = (actions[~valid] + 1) % torch.tensor(SIZES)
-    changed[2][~valid] = 1e4 * torch.randn(int((~valid).sum()))
-    unused = torch.cat((~valid[:1], terminated))  # nobody bootstraps from these observations
-    assert unused[0].any() and unused[1:-1].any() and unused[-1].any()
-    changed[0][unused] = torch.randn(int(unused.sum()), 4)
-    again, metrics_again = a2c.compute_gradients(agent, args, *changed)
+def test_final_values_matter_at_time_limits_only():
+    """Not in a single bit elsewhere, after a termination for instance."""
+    args, agent, batch = gradient_args(gae_lambda=0.9), make_agent(), make_batch(10, 6, seed=4)
+    gradients, metrics = a2c.compute_gradients(agent, args, batch, coefficients_of(args))
+    truncated = batch.done & ~batch.terminated
+    junk = torch.where(truncated, batch.final_values, 1e4 * torch.randn(10, 6).double())
+    changed = batch._replace(final_values=junk)
+    again, metrics_again = a2c.compute_gradients(agent, args, changed, coefficients_of(args))
     assert torch.equal(metrics, metrics_again)
     assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
-    # The same changes elsewhere do matter.
-    for i, name in ((0, "observation after a truncation"), (1, "action"), (2, "reward")):
-        other = [x.clone() for x in rollout]
-        t, n = (done & ~terminated).nonzero()[0].tolist()
-        other[i][t + (i == 0), n] = (other[i][t + (i == 0), n] + 1) % (torch.tensor(SIZES) if i == 1 else 3)
-        assert not torch.equal(metrics, a2c.compute_gradients(agent, args, *other)[1]), name
+    t, n = truncated.nonzero()[0].tolist()
+    junk[t, n] += 1
+    _, metrics_again = a2c.compute_gradients(agent, args, changed, coefficients_of(args))
+    assert not torch.equal(metrics, metrics_again)
 
 
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_rollout_of_resets_moves_nothing(norm_adv):
-    observations, actions, rewards, terminated, done, valid = make_rollout(1, 3, seed=5)
-    nothing = torch.zeros_like(valid)
-    rollout = observations, actions, torch.zeros_like(rewards), nothing, nothing, nothing
-    gradients, metrics = a2c.compute_gradients(make_agent(), gradient_args(norm_adv=norm_adv), *rollout)
-    assert metrics.isfinite().all() and all(torch.equal(x, torch.zeros_like(x)) for x in gradients)
-
-
-def test_compiled_update_equals_the_eager_one():
+def test_compiled_update_equals_the_eager_one_whatever_is_scheduled(capsys):
+    """The learning rate and both coefficients change in every step, and the update is compiled once."""
     agents = [make_agent(True).float()]
     agents.append(copy.deepcopy(agents[0]))
     results = []
     for agent, compiled in zip(agents, (False, True)):
         args = gradient_args(gae_lambda=0.95, max_grad_norm=0.5, compile=compiled, norm_adv=True)
         optimizer = a2c.RMSprop(agent.parameters(), 0.01, 0.99, 1e-5)
-        update = a2c.make_update(agent, optimizer, args)
+        update, coefficients = a2c.make_update(agent, optimizer, args), a2c.make_coefficients(args, "cpu")
         assert (update.__qualname__ == "make_update.<locals>.update") or compiled
         metrics = []
-        for seed in range(3):
-            observations, actions, rewards, *rest = make_rollout(8, 4, seed)
+        for seed in range(6):
+            batch = make_batch(8, 4, seed)
+            batch = a2c.Batch(*(x.float() if x.dtype == torch.float64 else x for x in batch))
             optimizer.learning_rate.fill_(0.01 / (seed + 1))
-            metrics.append(update(observations.float(), actions, rewards.float(), *rest).clone())
-        results.append((torch.stack(metrics), optimizer.state()))
+            coefficients["entropy"].fill_(0.3 * seed)
+            coefficients["value"].fill_(0.7 + seed)
+            metrics.append(update(batch, coefficients).clone())
+        results.append((torch.stack(metrics), optimizer.state_dict()["mean_squares"]))
     torch.testing.assert_close(*(result[0] for result in results), rtol=1e-3, atol=1e-4)
     for p, q in zip(agents[0].parameters(), agents[1].parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
     for p, q in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+    printed = capsys.readouterr().out
+    if "does not work here" in printed:
+        pytest.skip("no compiler")
+    assert printed.count("Compiling the update") == 1 and "again" not in printed
 
 
 # -------------------------------------------------------------------------------------------- rollout
 
 
-class HandMade:
-    """A policy of one component that does what a function of the observations says."""
-
-    def __init__(self, policy, choices: int):
-        self.policy, self.mask, self.action_start = policy, np.zeros((1, choices), np.float32), 0
-
-    def logits(self, observations: np.ndarray) -> np.ndarray:
-        return 1e9 * np.eye(self.mask.shape[1], dtype=np.float32)[self.policy(observations)][:, None]
-
-    def to_environment(self, actions: np.ndarray) -> np.ndarray:
-        return actions
-
-
-def play(envs, policy, lengths, seed: int) -> tuple[list[np.ndarray], deque, np.ndarray]:
-    """Several rollouts joined to one, what they finished, and what is running."""
-    latest, _ = envs.reset(seed=seed)
-    done, running, finished = np.zeros(envs.num_envs, bool), np.zeros((2, envs.num_envs)), deque()
-    rollouts = []
-    for length in lengths:
-        rollouts.append(a2c.collect_rollout(envs, latest, done, policy, length, running, finished))
-        latest, done = rollouts[-1][0][-1], rollouts[-1][4][-1]
-    for before, after in zip(rollouts, rollouts[1:]):
-        assert np.array_equal(before[0][-1], after[0][0])
-    observations = np.concatenate([rollouts[0][0][:1], *(rollout[0][1:] for rollout in rollouts)])
-    rest = [np.concatenate(parts) for parts in zip(*(rollout[1:] for rollout in rollouts))]
-    return [observations, *rest], finished, running
+def play(envs: a2c.Environments, agent: a2c.Agent, lengths: list[int]) -> list[np.ndarray]:
+    """Several rollouts joined to one."""
+    batches = [a2c.collect_rollout(envs, agent, length) for length in lengths]
+    for before, after in zip(batches, batches[1:]):
+        assert torch.equal(before.observations[-1], after.observations[0])
+    assert torch.equal(batches[-1].observations[-1], torch.from_numpy(envs.observations).float())
+    observations = torch.cat([batch.observations[:-1] for batch in batches])
+    return [observations.numpy(), *(torch.cat(x).numpy() for x in list(zip(*batches))[1:])]
 
 
 def test_rollout_is_what_the_environments_saw():
-    """Environment n of seed s has episodes of known lengths, and LOG what it was given and returned."""
-    stub_environments.LOG.clear()
+    """LOG has what each environment, stepped in turn, was given and returned; V of the final observations."""
     agent = a2c.Agent(3, [3], action_start=[2])
-    envs = a2c.make_vector_env("Actions/Coded-v0", 3)
-    rollout, finished, running = play(envs, a2c.FrozenPolicy(agent), [1, 2, 7, 20], seed=4)
-    observations, actions, rewards, terminated, done, valid = rollout
-    assert [x.dtype for x in rollout] == [np.float32, np.int64, np.float32, bool, bool, bool]
-    assert observations.shape == (31, 3, 3) and actions.shape == (30, 3, 1)
-    assert valid.sum() == len(stub_environments.LOG) and valid[0].all() and len({*actions.flat}) == 3
-    steps_in_turn, episodes = iter(stub_environments.LOG), []
-    sums = np.zeros((2, 3))
-    for t in range(30):
-        for n in range(3):
-            if not valid[t, n]:
-                assert done[t - 1, n] and rewards[t, n] == 0 and not done[t, n] and not terminated[t, n]
-                _, episode, _ = observations[t, n]  # the final one
-                assert observations[t + 1, n].tolist() == [4 + n, episode + 1, 0]
-                continue
-            assert t == 0 or not done[t - 1, n]
-            seed, before, action, reward, after, stopped, truncated = next(steps_in_turn)
-            assert seed == 4 + n and action == actions[t, n, 0] + 2
-            assert np.array_equal(observations[t, n], before)
-            assert np.array_equal(observations[t + 1, n], after)  # also at an end
-            assert rewards[t, n] == reward
-            assert (terminated[t, n], done[t, n]) == (stopped, stopped or truncated)
-            sums[:, n] += reward, 1
-            if stopped or truncated:
-                episodes.append(sums[:, n].tolist())
-                sums[:, n] = 0
-    assert [*map(list, finished)] == episodes and len(episodes) > 15
-    assert np.array_equal(running, sums) and sums.any()
-    assert terminated.any() and (done & ~terminated).any()
+    envs = a2c.make_environments("Actions/Coded-v0", 3)
+    stub_environments.LOG.clear()
+    observations, actions, rewards, terminated, done, final_values = play(envs, agent, [1, 2, 7, 20])
+    assert [x.dtype for x in (observations, actions, rewards)] == [np.float32, np.int64, np.float32]
+    assert observations.shape == (30, 3, 3) and actions.shape == (30, 3, 1) and len({*actions.flat}) == 3
+    assert terminated.any() and (done & ~terminated).any() and len(stub_environments.LOG) == 90
+    for k, (_, before, action, reward, after, stopped, truncated) in enumerate(stub_environments.LOG):
+        t, n = divmod(k, 3)
+        assert np.array_equal(observations[t, n], before) and action == actions[t, n, 0] + 2
+        assert rewards[t, n] == reward
+        assert (terminated[t, n], done[t, n]) == (stopped, stopped or truncated)
+        if t + 1 < 30 and not done[t, n]:
+            assert np.array_equal(observations[t + 1, n], after)
+        value = agent.value(torch.from_numpy(after).float()).item() if truncated else 0
+        assert final_values[t, n] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(("env_id", "lengths"), [("CartPole-v1", [50, 150]), ("Acrobot-v1", [100, 420])])
-def test_episodes_are_those_of_gymnasium(env_id, lengths):
-    """Returns and lengths by RecordEpisodeStatistics, of a random policy; the steps by a single one."""
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(a2c.make_vector_env(env_id, 3))
-    env = gym.make(env_id)
-    choices = env.action_space.n
-    policy = a2c.FrozenPolicy(a2c.Agent(env.observation_space.shape[0], [choices]))
-    rollout, finished, _ = play(envs, policy, lengths, seed=6)
-    observations, actions, rewards, terminated, done, valid = rollout
-    expected = list(zip(envs.return_queue, envs.length_queue, strict=True))
-    assert [*map(tuple, finished)] == expected and len(expected) >= 3
-    assert sum(valid[:, n].sum() for n in range(3)) == sum(length for _, length in finished) + sum(
-        steps_since_end(done[:, n]) for n in range(3)
-    )
-    for n in range(3):
-        env.reset(seed=6 + n)
-        begun = env_id != "CartPole-v1"  # its vectorised form draws all starts from one generator
-        for t in range(len(valid)):
-            if not begun:
-                env.unwrapped.state = np.array(observations[t, n], np.float64)
-                env.unwrapped.steps_beyond_terminated = None
-                begun = True
-            if not valid[t, n]:
-                start_again, _ = env.reset()
-                begun = env_id != "CartPole-v1"
-                if begun:
-                    assert np.array_equal(observations[t + 1, n], start_again)
-                continue
-            observation, reward, stopped, truncated, _ = env.step(actions[t, n, 0])
-            np.testing.assert_allclose(observations[t + 1, n], observation, rtol=1e-4, atol=1e-4)
-            assert (rewards[t, n], terminated[t, n], done[t, n]) == (reward, stopped, stopped or truncated)
+class Balance(nn.Module):
+    """In the place of an actor: all but certain of what `balance` says."""
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return 1e9 * nn.functional.one_hot(torch.from_numpy(balance(observations.numpy())), 2).float()
 
 
-def steps_since_end(done: np.ndarray) -> int:
-    """Valid steps after the last end of an episode."""
-    (ends,) = done.nonzero()
-    return max(len(done) - 1 - (ends[-1] + 1), 0) if len(ends) else len(done)
+def test_balanced_cartpole_is_truncated_at_500_and_bootstrapped():
+    agent, envs = a2c.Agent(4, [2]), a2c.CartPoles("CartPole-v1", 2)
+    agent.actor = Balance()
+    observations, _, rewards, terminated, done, final_values = play(envs, agent, [498, 10])
+    assert done[499].all() and done.sum() == 2 and not terminated.any() and (rewards == 1).all()
+    assert (np.abs(observations[500]) <= 0.05).all()
+    before, action = torch.from_numpy(observations[499]), balance(observations[499])
+    env = gym.make("CartPole-v1").unwrapped
+    env.reset()
+    for n in range(2):
+        env.state = before[n].double().numpy()
+        final = torch.from_numpy(env.step(action[n])[0])
+        assert final_values[499, n] == pytest.approx(agent.value(final).item(), rel=1e-3)
+    assert np.count_nonzero(final_values) == 2
+    assert [*envs.finished] == [(500, 500)] * 2 and envs.lengths.tolist() == [8, 8]
 
 
-def test_balanced_cartpole_is_truncated_at_500():
-    def balance(observations):
-        return (observations @ np.array([0.1, 0.3, 1, 0.5]) > 0).astype(int)
-
-    envs = a2c.make_vector_env("CartPole-v1", 2)
-    rollout, finished, running = play(envs, HandMade(balance, 2), [501, 5], seed=1)
-    observations, _, rewards, terminated, done, valid = rollout
-    assert done[499].all() and done.sum() == 2 and not terminated.any()
-    assert not valid[500].any() and (~valid).sum() == 2
-    assert np.array_equal(rewards, valid) and [*finished] == [[500, 500]] * 2
-    assert (np.abs(observations[501]) <= 0.05).all() and (np.abs(observations[500]) > 0.05).any()
-    assert running.tolist() == [[5, 5]] * 2
-
-
-class Still(gym.vector.VectorEnv):
+class Still(a2c.Environments):
     """Nothing happens; it remembers the actions."""
 
     def __init__(self, num_envs: int, space: gym.Space):
-        self.num_envs, self.single_action_space, self.played = num_envs, space, []
-        self.action_space = gym.vector.utils.batch_space(space, num_envs)
+        self.envs, self.space, self.played = [None] * num_envs, space, []
+        self.observations = np.zeros((num_envs, 1))
 
     def step(self, actions):
-        assert self.action_space.contains(actions)
+        actions = actions.reshape(-1, *self.space.shape)
+        assert all(self.space.contains(action) for action in actions)
         self.played.append(actions)
-        nothing = np.zeros(self.num_envs)
-        return np.zeros((self.num_envs, 1)), nothing, nothing > 0, nothing > 0, {}
+        nothing = np.zeros(len(self), np.float32)
+        return self.observations, nothing, nothing > 0, nothing > 0
 
 
 @pytest.mark.parametrize(
@@ -593,9 +547,7 @@ def test_actions_follow_the_policy(space):
     with torch.no_grad():
         agent.actor[-1].bias.normal_()
     envs = Still(500, space)
-    arrays = np.zeros((500, 1)), np.zeros(500, bool)
-    rollout = a2c.collect_rollout(envs, *arrays, a2c.FrozenPolicy(agent), 20, np.zeros((2, 500)), deque())
-    actions = rollout[1]
+    actions = a2c.collect_rollout(envs, agent, 20).actions.numpy()
     assert np.array_equal(np.stack(envs.played).reshape(actions.shape), actions + np.array(first))
     with torch.no_grad():
         probabilities = agent.logits(torch.zeros(1)).softmax(-1).numpy()
@@ -614,29 +566,30 @@ def test_actions_follow_the_policy(space):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"total_timesteps": 0}, "total_timesteps must be at least 1, got 0"),
-        ({"num_workers": 0}, "num_workers must be at least 1"),
-        ({"num_envs": 0}, "num_envs must be at least 1"),
-        ({"num_steps": -3}, "num_steps must be at least 1, got -3"),
-        ({"log_interval": 0}, "log_interval must be at least 1"),
-        ({"checkpoint_interval": 0}, "checkpoint_interval must be at least 1"),
-        ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
-        ({"eval_interval": -1}, "eval_interval must be at least 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
-        ({"rmsprop_eps": 0.0}, "rmsprop_eps must be positive"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
-        ({"seed": -1}, "seed must lie in [0, 2^32), got -1"),
+        ({"total_timesteps": 0}, "total_timesteps must lie in [1, inf), got 0"),
+        ({"num_workers": 0}, "num_workers must lie in [1, inf)"),
+        ({"num_envs": 0}, "num_envs must lie in [1, inf)"),
+        ({"num_steps": -3}, "num_steps must lie in [1, inf), got -3"),
+        ({"log_interval": 0}, "log_interval must lie in [1, inf)"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval must lie in [1, inf)"),
+        ({"eval_episodes": 0}, "eval_episodes must lie in [1, inf)"),
+        ({"eval_interval": -1}, "eval_interval must lie in [0, inf)"),
+        ({"learning_rate": 0.0}, "learning_rate must lie in (0, inf), got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must lie in (0, inf), got nan"),
+        ({"rmsprop_eps": 0.0}, "rmsprop_eps must lie in (0, inf)"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must lie in (0, inf)"),
+        ({"seed": -1}, "seed must lie in [0, 4294967296), got -1"),
         ({"seed": 2**32}, "seed must lie in"),
-        ({"ent_coef": -0.1}, "ent_coef must be at least 0"),
-        ({"vf_coef": math.nan}, "vf_coef must be at least 0, got nan"),
+        ({"ent_coef": -0.1}, "ent_coef must lie in [0, inf)"),
+        ({"vf_coef": math.nan}, "vf_coef must lie in [0, inf), got nan"),
         ({"gamma": 1.01}, "gamma must lie in [0, 1], got 1.01"),
         ({"gae_lambda": math.nan}, "gae_lambda must lie in [0, 1]"),
         ({"rmsprop_alpha": 1.0}, "rmsprop_alpha must lie in [0, 1), got 1.0"),
         ({"rmsprop_alpha": -0.1}, "rmsprop_alpha must lie in [0, 1)"),
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes must lie in (0, inf)"),
         ({"asynchronous": True, "num_workers": 3}, "num_workers = 3 must divide num_envs = 64"),
         ({"asynchronous": True, "device": "cuda"}, "run on the CPU, not on cuda"),
-        ({"resume": "a", "evaluate": "b"}, "resume and evaluate exclude each other"),
+        ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
     ],
     ids=lambda x: "-".join(f"{name}-{value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
@@ -650,6 +603,11 @@ def test_arguments_at_the_edge_are_fine():
     a2c.Args(num_workers=3, num_envs=1, num_steps=1, rmsprop_alpha=0.0, gamma=1.0, gae_lambda=0.0)
     a2c.Args(eval_interval=0, seed=2**32 - 1, ent_coef=0.0, vf_coef=0.0)
     assert a2c.Args(asynchronous=True, num_workers=4, num_envs=4).device == "auto"
+
+
+def test_every_number_has_its_limits():
+    numbers = {field.name for field in dataclasses.fields(a2c.Args) if re.search("int|float", field.type)}
+    assert sorted(" ".join(a2c.LIMITS.values()).split()) == sorted(numbers)
 
 
 def test_command_line(capsys):
@@ -693,8 +651,10 @@ def test_steps_are_counted_annealed_and_logged_as_they_are_played(anneal_lr, tmp
     def make_update(agent, optimizer, args):
         assert [*map(id, optimizer.parameters)] == [*map(id, agent.parameters())]
 
-        def update(*rollout):
-            calls.append((optimizer.learning_rate.item(), *[x.clone() for x in rollout]))
+        def update(batch, coefficients):
+            weights = {name: x.item() for name, x in coefficients.items()}
+            assert weights == {"value": 0.75, "entropy": 0.25}
+            calls.append((optimizer.learning_rate.item(), batch))
             return torch.arange(5.0) + len(calls)
 
         return update
@@ -703,40 +663,34 @@ def test_steps_are_counted_annealed_and_logged_as_they_are_played(anneal_lr, tmp
     stub_environments.LOG.clear()
     settings = {"env_id": "Actions/Coded-v0", "num_envs": 3, "num_steps": 5, "total_timesteps": 610}
     settings |= {"log_interval": 50, "eval_interval": 0, "seed": 7, "anneal_lr": anneal_lr}
-    run = train(tmp_path, **settings)
+    run = train(tmp_path, **settings, vf_coef=0.75, ent_coef=0.25)
     curves = read_curves(run)
 
-    step, logged, window, expected = 0, 0, [], {}
-    done_before = torch.zeros(3, dtype=torch.bool)
-    for k, (rate, observations, _, _, _, done, valid) in enumerate(calls, 1):
-        assert step < 610
-        assert rate == pytest.approx(1e-2 * (1 - step / 610 if anneal_lr else 1), rel=1e-5)
-        assert torch.equal(valid[0], ~done_before)
+    step, window, expected = 0, [], {}
+    for k, (rate, batch) in enumerate(calls, 1):
+        assert rate == pytest.approx(1e-2 * (1 - step / 615 if anneal_lr else 1), rel=1e-5)
         if k > 1:
-            assert torch.equal(observations[0], calls[k - 2][1][-1])
-        done_before, window = done[-1], [*window, k]
-        step += sum(row.sum().item() for row in valid)
-        if step - logged >= 50 or step >= 610:
-            expected[step] = (np.mean(window), rate)
-            logged, window = step, []
-    assert step >= 610 and step == len(stub_environments.LOG) and len(expected) > 8
+            assert torch.equal(batch.observations[0], calls[k - 2][1].observations[-1])
+        step, window = step + batch.rewards.numel(), [*window, k]
+        if step // 50 > (step - 15) // 50 or k == len(calls):
+            expected[step], window = (np.mean(window), rate), []
+    assert step == 615 == len(stub_environments.LOG) and len(expected) == 13  # 610, in whole iterations
     assert a2c.load_checkpoint(run)["step"] == step
-    assert {entry[0] for entry in stub_environments.LOG} == {21, 22, 23}  # seed x num_envs and the next
     for i, name in enumerate(a2c.METRICS):
         curve = curves[f"losses/{name}"]
         assert curve == pytest.approx({step: mean + i for step, (mean, _) in expected.items()})
     assert curves["charts/learning_rate"] == pytest.approx({s: rate for s, (_, rate) in expected.items()})
 
-    episodes, sums = [], {21: [0, 0], 22: [0, 0], 23: [0, 0]}
-    for i, (seed, _, _, reward, _, terminated, truncated) in enumerate(stub_environments.LOG, 1):
-        sums[seed] = [sums[seed][0] + reward, sums[seed][1] + 1]
+    episodes, sums = [], np.zeros((3, 2))
+    for i, (_, _, _, reward, _, terminated, truncated) in enumerate(stub_environments.LOG):
+        sums[i % 3] += reward, 1
         if terminated or truncated:
-            episodes.append(sums[seed])
-            sums[seed] = [0, 0]
-        if i in expected:  # the last hundred episodes
+            episodes.append(sums[i % 3].copy())
+            sums[i % 3] = 0
+        if i + 1 in expected:  # the last hundred episodes
             mean_return, mean_length = np.mean(episodes[-100:], axis=0)
-            assert curves["charts/episodic_return"][i] == pytest.approx(mean_return, rel=1e-6)
-            assert curves["charts/episodic_length"][i] == pytest.approx(mean_length, rel=1e-6)
+            assert curves["charts/episodic_return"][i + 1] == pytest.approx(mean_return, rel=1e-6)
+            assert curves["charts/episodic_length"][i + 1] == pytest.approx(mean_length, rel=1e-6)
     assert len(episodes) > 120
 
 
@@ -752,13 +706,9 @@ def test_what_is_logged(finished_run):
     charts = {f"charts/{name}" for name in ("learning_rate", "episodic_return", "episodic_length")}
     evaluations = {"eval/episodic_return", "eval/episodic_return_std"}
     assert curves.keys() == losses | charts | evaluations
-    steps = list(curves["losses/policy_loss"])
-    assert all(list(curves[tag]) == steps for tag in losses | charts)
-    gaps = np.diff([0, *steps])
-    assert (gaps[:-1] >= 100).all() and (gaps < 100 + 32).all() and 1200 <= steps[-1] < 1232
-    for tag in evaluations:
-        crossings = [next(step for step in steps if step >= limit) for limit in (400, 800, 1200)]
-        assert list(curves[tag]) == [0, *crossings]
+    steps = [32 * math.ceil(limit / 32) for limit in range(100, 1201, 100)]
+    assert all(list(curves[tag]) == steps for tag in losses | charts) and steps[-1] == 1216
+    assert all(list(curves[tag]) == [0, 416, 800, 1216] for tag in evaluations)
     assert all(math.isfinite(x) for curve in curves.values() for x in curve.values())
     assert 0 < min(curves["losses/entropy"].values()) <= max(curves["losses/entropy"].values()) < 0.6932
     best = max(value for step, value in curves["eval/episodic_return"].items() if step)
@@ -778,39 +728,46 @@ def test_update_learns_in_every_part(finished_run):
     before, state = a2c.Agent(4, [2]), a2c.load_checkpoint(finished_run)
     for name, p in before.named_parameters():
         assert not torch.equal(p, state["agent"][name]), name
-    assert len(state["optimizer"]) == 1 + len([*before.parameters()])
-    assert all(tensor.abs().sum() > 0 for tensor in state["optimizer"])
+    mean_squares = state["optimizer"]["mean_squares"]
+    assert len(mean_squares) == len([*before.parameters()])
+    assert all(tensor.abs().sum() > 0 for tensor in mean_squares)
 
 
 def test_evaluate(finished_run, capsys):
     a2c.main(a2c.parse_args(["--evaluate", str(finished_run), "--eval-episodes", "3", "--seed", "9"]))
     returns = a2c.evaluate(a2c.Agent.load(finished_run), "CartPole-v1", 3, 9 + a2c.EVALUATION_SEED)
-    expected = f"CartPole-v1: {returns.mean():.1f} ± {returns.std():.1f} over 3 episodes"
+    expected = f"CartPole-v1: {returns.mean():.1f} +- {returns.std():.1f} over 3 episodes"
     assert expected in capsys.readouterr().out
     trained = a2c.evaluate(a2c.Agent.load(finished_run), "CartPole-v1", 1, 1 + a2c.EVALUATION_SEED)
     assert [*read_curves(finished_run)["eval/episodic_return"].values()][-1] == trained.mean()
 
 
-@pytest.mark.parametrize("shared_network", [False, True])
-def test_interrupted_run_equals_an_uninterrupted_one(shared_network, tmp_path, monkeypatch, capsys):
-    """With an annealed rate, interrupted between two checkpoints, in environments with noise."""
-    settings = {"env_id": "Actions/NoisyCoded-v0", "shared_network": shared_network, "norm_adv": True}
+@pytest.mark.parametrize(
+    ("env_id", "shared_network"), [("Actions/NoisyCoded-v0", False), ("CartPole-v1", True)]
+)
+def test_same_command_goes_on_after_sigterm(env_id, shared_network, tmp_path, monkeypatch, capsys):
+    """In an iteration between two points of the curves: the sums until then are saved as well."""
+    settings = {"env_id": env_id, "shared_network": shared_network, "norm_adv": True}
+    settings |= {"checkpoint_interval": 10**9}
     reference = train(tmp_path / "reference", **settings)
-    record, entries = a2c.Training.record, []
+    play_one, calls = a2c.collect_rollout, iter(range(1, 10**6))
 
-    def interrupted_record(training, step, *rest):
-        entries.append(step)
-        if step > 800:
-            raise KeyboardInterrupt
-        record(training, step, *rest)
+    def collect(*arguments):
+        if next(calls) == 26:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return play_one(*arguments)
 
+    command = flags(**TINY | settings, runs=tmp_path, run_name="queued")
     with monkeypatch.context() as patch:
-        patch.setattr(a2c.Training, "record", interrupted_record)
-        assert "--resume" in refusal(train, tmp_path / "interrupted", **settings)
-    (run,) = (tmp_path / "interrupted").iterdir()
-    assert 600 <= a2c.load_checkpoint(run)["step"] < entries[-2]
-    resume(run)
-    assert "Resumed at step" in capsys.readouterr().out
+        patch.setattr(a2c, "collect_rollout", collect)
+        message = refusal(lambda: a2c.main(a2c.parse_args(command)))
+    run = tmp_path / "queued"
+    assert "Interrupted at step 832; go on with: python a2c_cartpole.py --resume" in message
+    state = a2c.load_checkpoint(run)
+    assert state["step"] == 832 and state["count"].item() == 1 and state["totals"].any()
+    a2c.main(a2c.parse_args(command))
+    printed = capsys.readouterr().out
+    assert "Resumed at step 832" in printed and "differ" not in printed
     assert_same_run(run, reference)
 
 
@@ -824,7 +781,7 @@ def test_killed_run_equals_an_uninterrupted_one(env_id, changes, tmp_path):
     process = start(SCRIPT, *flags(**settings, runs=tmp_path / "killed"), cwd=tmp_path)
     kill_when(process, nth_evaluation(4), delay=0.03)
     (run,) = (tmp_path / "killed").iterdir()
-    total = a2c.load_checkpoint(run)["step"] + 1700  # one more time limit for each Acrobot
+    total = a2c.load_checkpoint(run)["step"] + 1700  # one more time limit for each Acrobot; whole iterations
     resume(run, "--total-timesteps", str(total))
     reference = train(tmp_path / "reference", **settings | {"total_timesteps": total})
     states = [a2c.load_checkpoint(x / "checkpoint.pt") for x in (run, reference)]
@@ -856,18 +813,6 @@ def test_finished_run_is_left_as_it_is(tmp_path, capsys):
     assert f"Resumed at step {before['step']}" in capsys.readouterr().out
     assert checkpoint_difference(before, a2c.load_checkpoint(run)) is None
     assert read_curves(run) == curves
-
-
-def test_environment_whose_state_cannot_be_read_starts_anew(tmp_path, capsys):
-    """With other episodes than at the start of the run: their seeds depend on the step."""
-    run = train(tmp_path, env_id="Actions/Opaque-v0", total_timesteps=300)
-    step = a2c.load_checkpoint(run)["step"]
-    stub_environments.LOG.clear()
-    resume(run, "--total-timesteps", "500")
-    assert "The state of Actions/Opaque-v0 cannot be saved" in capsys.readouterr().out
-    assert a2c.load_checkpoint(run)["step"] >= 500
-    training_seeds = {entry[0] for entry in stub_environments.LOG} - {1 + a2c.EVALUATION_SEED}
-    assert training_seeds == {4 * (1 + step) + i for i in range(4)}
 
 
 def test_dict_observations_and_matrix_actions(tmp_path):
@@ -903,7 +848,8 @@ def test_checkpoint_of_another_script_is_refused(tmp_path):
 
 def test_arguments_of_another_script_are_refused(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(ppo_continuous.Args())))
-    assert "not of this script" in refusal(a2c.parse_args, ["--resume", str(tmp_path)])
+    message = refusal(a2c.parse_args, ["--resume", str(tmp_path)])
+    assert str(tmp_path / "args.json") in message and "asynchronous" in message
 
 
 # ------------------------------------------------------------------------------ asynchronous training
@@ -938,25 +884,22 @@ def test_worker_is_the_algorithm(index, anneal_lr, living_parent):
     expected, reference, _ = make_shared(args, 3, [3], [2])
     counts[1 - index, 0] = 7
     stub_environments.LOG.clear()
-    a2c.work(index, args, agent, optimizer, counts, 20)
+    seed = 2**61 + index
+    a2c.work(index, seed, args, agent, optimizer, counts, 20)
     log = list(stub_environments.LOG)
-    seed = (2 + 20) * 4 + 2 * index
-    assert {entry[0] for entry in log} == {seed, seed + 1}
 
     torch.manual_seed(seed)
-    envs = a2c.make_vector_env("Actions/Coded-v0", 2)
-    latest, _ = envs.reset(seed=seed)
-    done, running, finished = np.zeros(2, bool), np.zeros((2, 2)), deque()
-    steps, iterations, totals = 0, 0, np.zeros(5)
+    envs = a2c.make_environments("Actions/Coded-v0", 2)
+    steps, iterations, totals, finished = 0, 0, np.zeros(5), []
     while 27 + steps < 160:
-        policy = a2c.FrozenPolicy(expected)
-        rollout = a2c.collect_rollout(envs, latest, done, policy, 5, running, finished)
-        gradients, metrics = a2c.compute_gradients(expected, args, *map(torch.from_numpy, rollout))
+        batch = a2c.collect_rollout(envs, expected, 5)
+        coefficients = {"value": torch.tensor(args.vf_coef), "entropy": torch.tensor(args.ent_coef)}
+        gradients, metrics = a2c.compute_gradients(expected, args, batch, coefficients)
         reference.learning_rate.fill_(1e-2 * (1 - (27 + steps) / 160 if anneal_lr else 1))
         reference.step(gradients)
-        latest, done = rollout[0][-1], rollout[4][-1]
-        steps, iterations, totals = steps + rollout[5].sum(), iterations + 1, totals + metrics.numpy()
-    assert steps == len(log) and finished
+        steps, iterations, totals = steps + 10, iterations + 1, totals + metrics.numpy()
+    finished = [*envs.finished]
+    assert steps == len(log) and 10 < len(finished) < 100
     for p, q in zip(agent.parameters(), expected.parameters()):
         assert torch.equal(p, q)
     assert difference_of_states(optimizer, reference) is None
@@ -966,16 +909,15 @@ def test_worker_is_the_algorithm(index, anneal_lr, living_parent):
     assert counts[1 - index].tolist() == [7] + [0] * (len(a2c.COUNTS) - 1)
 
 
-def difference_of_states(one: a2c.RMSprop, other: a2c.RMSprop) -> int | None:
-    pairs = zip(one.state(), other.state(), strict=True)
-    return next((i for i, (x, y) in enumerate(pairs) if not torch.equal(x, y)), None)
+def difference_of_states(one: a2c.RMSprop, other: a2c.RMSprop) -> str | None:
+    return difference(one.state_dict(), other.state_dict())
 
 
 def test_worker_ends_with_its_parent(living_parent):
     living_parent.is_alive = lambda: False
     args = a2c.Args(**ASYNCHRONOUS)
     agent, optimizer, counts = make_shared(args, 4, [2])
-    a2c.work(0, args, agent, optimizer, counts, 0)
+    a2c.work(0, 5, args, agent, optimizer, counts, 0)
     assert not counts.any()
 
 
@@ -984,11 +926,13 @@ def test_worker_in_a_process_of_its_own_moves_the_shared_parameters(living_paren
     args = a2c.Args(**ASYNCHRONOUS | {"total_timesteps": 200, "shared_network": True})
     here, there = make_shared(args, 4, [2]), make_shared(args, 4, [2])
     initial = copy.deepcopy(here[0])
-    a2c.work(1, args, *here, 0)
-    for tensor in (*there[0].parameters(), *there[0].buffers(), *there[1].state(), there[2]):
+    a2c.work(1, 5, args, *here, 0)
+    state = there[1].state_dict()
+    tensors = [*there[0].parameters(), *there[0].buffers(), *state["learning_rate"], *state["mean_squares"]]
+    for tensor in (*tensors, there[2]):
         tensor.share_memory_()
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=a2c.work, args=(1, args, *there, 0), daemon=True)
+    process = context.Process(target=a2c.work, args=(1, 5, args, *there, 0), daemon=True)
     process.start()
     process.join(300)
     assert process.exitcode == 0
@@ -1003,12 +947,19 @@ class FakeContext:
 
     def __init__(self, stages: list[list[list[float]]], exit_codes: list[int | None]):
         self.stages, self.exit_codes, self.workers, self.started = [*stages], exit_codes, [], 0
+        self.seeds = []
 
     def Process(self, target, args, daemon):
         assert target is a2c.work and daemon
-        index, _, agent, optimizer, self.counts, self.first_step = args
+        index, seed, _, agent, optimizer, self.counts, self.first_step = args
         assert index == len(self.workers)
-        shared = [*agent.parameters(), *optimizer.parameters, *optimizer.state(), self.counts]
+        self.seeds.append(seed)
+        self.agent, self.optimizer = agent, optimizer
+        self.initial = copy.deepcopy((agent.state_dict(), optimizer.state_dict()))
+        state = optimizer.state_dict()
+        shared = [*agent.parameters(), *optimizer.parameters, *state["learning_rate"], *state["mean_squares"]]
+        shared.append(self.counts)
+        assert [*map(id, optimizer.parameters)] == [*map(id, agent.parameters())]
         assert all(tensor.is_shared() for tensor in shared)
         worker = SimpleNamespace(is_alive=lambda: True, exitcode=None, sentinel=index)
         stopped = []
@@ -1027,6 +978,9 @@ class FakeContext:
         assert self.started == len(self.workers) == len(sentinels) and timeout > 0
         assert self.stages, "it goes on although all is done"
         self.counts.copy_(torch.tensor(self.stages.pop(0), dtype=torch.float64))
+        with torch.no_grad():
+            for tensor in (*self.agent.parameters(), *self.optimizer.mean_squares):
+                tensor += 0.01
         if not self.stages:
             for worker, code in zip(self.workers, self.exit_codes):
                 worker.exitcode = code
@@ -1046,7 +1000,15 @@ def test_what_workers_counted_is_logged(tmp_path, monkeypatch):
     stages.append([[400, 3, 3, 30, 60, 1, 2, 3, 4, 5], [500, 9, 1, 50, 20, 11, 22, 33, 44, 55]])
     stages.append([[800, 5, 5, 60, 80, 5, 6, 7, 8, 9], [800, 11, 2, 70, 80, 15, 26, 37, 48, 59]])
     before = signal.getsignal(signal.SIGINT)
-    context = fake_workers(monkeypatch, stages, [0, 0])
+    context, evaluate, save = fake_workers(monkeypatch, stages, [0, 0]), a2c.evaluate, a2c.save_checkpoint
+
+    def save_what_stands_still(path, state):
+        saved = [*state["agent"].values(), *sum(state["optimizer"].values(), [])]
+        assert len(saved) > 20 and not any(tensor.is_shared() for tensor in saved)
+        save(path, state)
+
+    monkeypatch.setattr(a2c, "save_checkpoint", save_what_stands_still)
+    monkeypatch.setattr(a2c, "evaluate", lambda *x: (time.sleep(0.3), evaluate(*x))[1])
     run = train(tmp_path, **ASYNCHRONOUS)
     assert signal.getsignal(signal.SIGINT) == before
     curves = read_curves(run)
@@ -1055,25 +1017,42 @@ def test_what_workers_counted_is_logged(tmp_path, monkeypatch):
     assert curves["charts/episodic_return"] == {500: 20, 900: 20, 1600: pytest.approx(50 / 3)}
     assert curves["charts/episodic_length"] == {500: 20, 900: 20, 1600: pytest.approx(80 / 3)}
     assert list(curves["eval/episodic_return"]) == [0, 500, 900, 1600]
-    assert context.first_step == 0 and a2c.load_checkpoint(run)["step"] == 1600
+    state = a2c.load_checkpoint(run)
+    assert context.first_step == 0 and state["step"] == 1600
+    assert difference(state["agent"], context.agent.state_dict()) is None
+    assert difference(state["optimizer"], context.optimizer.state_dict()) is None
+    assert state["elapsed"] > 0.6  # the workers go on while the first two evaluations last
     assert [worker.stopped for worker in context.workers] == [["terminate", "join"]] * 2
+    before, saved = context.seeds, (state["agent"], state["optimizer"])
     context = fake_workers(monkeypatch, [[[300, *[1] * 9], [200, *[1] * 9]]], [0, 0])
     resume(run, "--total-timesteps", "2000")
     assert context.first_step == 1600 and a2c.load_checkpoint(run)["step"] == 2100
+    assert difference(saved, context.initial) is None  # the workers go on where the run was saved
+    assert len({*before, *context.seeds}) == 4  # nobody plays what another one played before
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan])
-def test_failed_worker_saves_what_is_finite(value, tmp_path, monkeypatch):
+def test_failed_worker_ends_the_run_and_what_is_finite_is_saved(value, tmp_path, monkeypatch, capsys):
     stages = [[[200, 1, 0, 0, 0] + [value] * 5, [100, *[1] * 9]]]
     context = fake_workers(monkeypatch, stages, [0, 3])
     message = refusal(train, tmp_path, **ASYNCHRONOUS)
-    assert "Worker 1 ended with exit code 3 at step 300;" in message
+    assert "Worker 1 ended with exit code 3 at step 300" in capsys.readouterr().out
     (run,) = tmp_path.iterdir()
-    assert f"--resume {run}" in message
     assert (run / "checkpoint.pt").exists() == math.isfinite(value)
     if math.isfinite(value):
-        assert a2c.load_checkpoint(run)["step"] == 300
+        assert f"--resume {run}" in message and a2c.load_checkpoint(run)["step"] == 300
+    else:
+        assert "policy_loss is nan at step 300" in message
     assert [worker.stopped for worker in context.workers] == [["terminate", "join"]] * 2
+
+
+def test_worker_that_fails_at_once_logs_nothing(tmp_path, monkeypatch, capsys):
+    fake_workers(monkeypatch, [[[0] * 10, [0] * 10]], [1, None])
+    message = refusal(train, tmp_path, **ASYNCHRONOUS)
+    assert "Worker 0 ended with exit code 1 at step 0" in capsys.readouterr().out
+    assert "Interrupted at step 0" in message
+    (run,) = tmp_path.iterdir()
+    assert {*read_curves(run)} == {"eval/episodic_return", "eval/episodic_return_std"}
 
 
 def test_metrics_of_workers_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
@@ -1160,8 +1139,9 @@ def test_killed_worker_is_reported_and_the_run_goes_on(tmp_path, capsys):
         watchdog.cancel()
         process.kill()
         process.stdout.close()
-    message = re.search(r"Worker 1 ended with exit code -9 at step ([\d,]+); the others were stopped", output)
-    assert message and "Traceback" not in output, output
+    message = re.search(r"Worker 1 ended with exit code -9 at step ([\d,]+), so the run ends", output)
+    assert message and f"Interrupted at step {message[1]}; go on with" in output, output
+    assert "Traceback" not in output
     assert all(eventually(lambda worker=worker: has_ended(worker)) for worker in workers)
     (run,) = (tmp_path / "runs").iterdir()
     step = a2c.load_checkpoint(run)["step"]
@@ -1174,6 +1154,33 @@ def test_killed_worker_is_reported_and_the_run_goes_on(tmp_path, capsys):
     assert step + 600 <= state["step"] < step + 600 + 4 * 8
     (*_, last), rates = read_curves(run)["losses/entropy"], read_curves(run)["charts/learning_rate"]
     assert last == state["step"] and 0 <= rates[last] <= 1.001e-2 * 600 / (step + 600)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_signal_saves_and_stops_the_workers(number, tmp_path):
+    """Ctrl-C reaches the workers as well, which ignore it."""
+    settings = ASYNCHRONOUS | {"total_timesteps": 10**9, "eval_interval": 0, "checkpoint_interval": 10**9}
+    process = start(SCRIPT, *flags(**settings, runs=tmp_path / "runs"), cwd=tmp_path)
+    watchdog = threading.Timer(100, process.kill)
+    watchdog.start()
+    try:
+        next(line for line in process.stdout if "steps/s" in line)
+        workers = worker_processes(process.pid)
+        assert len(workers) == 2
+        for one in (*workers, process.pid) if number == signal.SIGINT else (process.pid,):
+            os.kill(one, number)
+        output = process.stdout.read()
+        assert process.wait(100) == 1 and "Traceback" not in output, output
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.stdout.close()
+    assert all(eventually(lambda worker=worker: has_ended(worker)) for worker in workers)
+    (run,) = (tmp_path / "runs").iterdir()
+    step = a2c.load_checkpoint(run)["step"]
+    assert step >= 200 and f"Interrupted at step {step:,}; go on with: python a2c_cartpole.py" in output
+    assert "Worker" not in output
 
 
 # ------------------------------------------------------------------------------------------- learning

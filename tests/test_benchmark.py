@@ -34,17 +34,17 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 parser = argparse.ArgumentParser()
-for flag in ("--env-id", "--exp-name", "--runs", "--resume"):
+for flag in ("--env-id", "--exp-name", "--runs", "--run-name"):
     parser.add_argument(flag)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--total-timesteps", type=int)
 parser.add_argument("--fail", action="store_true")
 args = parser.parse_args()
-run = pathlib.Path(args.resume or f"{args.runs}/{args.env_id}__fake__{args.seed}__20260101")
+run = pathlib.Path(args.runs, args.run_name or "run")
+resumed = run.exists()
 run.mkdir(exist_ok=True)
 (run / "args.json").write_text(json.dumps(vars(args)))
-(run / "checkpoint.pt").touch()
-if args.fail and not args.resume:
+if args.fail and not resumed:
     sys.exit("the simulator fell over")
 writer = EventFileWriter(str(run))
 for step in range(0, 1001, 100):

@@ -1,11 +1,14 @@
 """dpo_llm.py, against TRL's losses, closed forms, plain definitions and hand-worked numbers."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -372,14 +375,6 @@ def test_margins_at_the_optimum_of_one_pair():
 def test_sentiment_reward(completion, total):
     expected = 0.0 if total is None else 1 / (1 + math.exp(-total / 2))
     assert dpo.sentiment_reward(["a film"], [completion]) == pytest.approx([expected], rel=1e-12)
-    assert dpo.proper_review(completion) == (None if total is None else completion)
-
-
-def test_sentiment_of_any_words():
-    """As the lenient judge sees them, in the order of the completions, whatever columns there are."""
-    texts = ["superb superb", "not, awful", "a very nice x", "", "odd"]
-    found = dpo.sentiment_reward(["p"] * 5, texts, extract=str, question=["q"] * 5)
-    assert found == pytest.approx([1 / (1 + math.exp(-total / 2)) for total in (4, 2, 2)] + [0.0, 0.5])
 
 
 HOSTILE = [" superb" * 150_000, "\x00" * 1_000_000, " was nice, and the plot" * 50_000, "☃" * 300_000]
@@ -393,18 +388,17 @@ def test_hostile_completions_cost_little_and_gain_nothing(text):
     for _ in range(3):
         begin = time.perf_counter()
         value = dpo.sentiment_reward(["a film"], [text])
-        dpo.sentiment_reward(["a film"], [text], extract=str)
         seconds.append(time.perf_counter() - begin)
     assert value == [0.0] and min(seconds) < 0.002
 
 
 def test_reviews():
     """Held-out prompts never come up in training, nothing needs another vocabulary, and moods are mixed."""
-    task, tokenizer = dpo.Reviews(3), dpo.make_tokenizer()
-    train = [task.train_problem(i) for i in range(-200, 200)]
-    held_out = task.held_out_problems(100)
-    assert train[7] == dpo.Reviews(3).train_problem(-193) != dpo.Reviews(4).train_problem(-193)
-    assert held_out == dpo.Reviews(4).held_out_problems(100)
+    task, tokenizer = dpo.Reviews(), dpo.make_tokenizer(dpo.Reviews.vocabulary)
+    train = [dpo.draw(task, 3, i) for i in range(-200, 200)]
+    held_out = [dpo.draw(task, 3, i, held_out=True) for i in range(100)]
+    assert train[7] == dpo.draw(dpo.Reviews(), 3, -193) != dpo.draw(task, 4, -193)
+    assert held_out == [dpo.draw(task, 4, i, held_out=True) for i in range(100)]
     assert not {x["prompt"] for x in train} & {x["prompt"] for x in held_out}
     assert len({x["prompt"] for x in train}) > 300
     rng = random.Random(0)
@@ -415,11 +409,69 @@ def test_reviews():
     assert all(x[-1] == tokenizer.eos_token_id and tokenizer.pad_token_id not in x for x in ids)
     prompts = tokenizer([x["prompt"] for x in train])["input_ids"]
     assert all(x[0] == tokenizer.bos_token_id and tokenizer.pad_token_id not in x for x in prompts)
-    rewards = dpo.true_rewards(task, train, texts)
-    assert all(map(dpo.proper_review, texts)) and 0.35 < rewards.mean() < 0.49 and rewards.std() > 0.2
-    for wrong in ([math.nan] * len(texts), [1.0]):
-        task.rewards = {"mine": (lambda values=wrong, **columns: values, 1.0)}
-        assert "The reward mine must give one finite number" in refusal(dpo.true_rewards, task, train, texts)
+    rewards = dpo.score(task, train, texts)["reward"]
+    assert all(map(dpo.REVIEW.fullmatch, texts)) and 0.35 < rewards.mean() < 0.49 and rewards.std() > 0.2
+
+
+class Lengths:
+    """A task of the user's: digits, and the more of them the better."""
+
+    rewards = {"length": (lambda prompts, completions, **columns: [len(x) / 8 for x in completions], 1.0)}
+    max_completion_length = 8
+    vocabulary = [*"0123456789="]
+
+    def problem(self, rng: random.Random) -> dict:
+        return {"prompt": f"{rng.randrange(1000)}=", "first": rng.randrange(10)}
+
+    def demonstration(self, problem: dict, rng: random.Random) -> str:
+        return str(problem["first"]) * rng.randrange(1, 6)
+
+
+def begins_right(
+    prompts: list[str], completions: list[str], first: list[int], **columns: list
+) -> list[float]:
+    return [float(completion.startswith(str(digit))) for completion, digit in zip(completions, first)]
+
+
+def nothing(prompts, completions, **columns):
+    return [None] * len(completions)
+
+
+def test_rewards_of_the_command_line():
+    """One joins those of the task, another weight or function replaces one; TRL's signature."""
+    problems = [{"prompt": "1=", "first": 2}, {"prompt": "7=", "first": 3}]
+
+    def scores(*words: str) -> dict:
+        task = dpo.make_task(dpo.Args(task=f"{__name__}:Lengths", reward=[*words]))
+        return {name: x.tolist() for name, x in dpo.score(task, problems, ["22", "4444"]).items()}
+
+    assert scores() == {"length": [0.25, 0.5], "reward": [0.25, 0.5]}
+    found = scores(f"{__name__}:begins_right=2")
+    assert found == {"length": [0.25, 0.5], "begins_right": [1, 0], "reward": [2.25, 0.5]}
+    assert scores("length=0", f"{__name__}:begins_right")["reward"] == [1, 0]
+    assert dpo.Reviews.rewards.keys() == {"sentiment"} and Lengths.rewards.keys() == {"length"}
+
+
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0], None, [None, 1.0], ["a", 1.0], 1.0])
+def test_rewards_that_are_no_numbers_are_named(values):
+    arguments = "mine", lambda **columns: values, [{"prompt": "a"}] * 2, ["b", "c"]
+    assert "The reward mine must give one finite number" in refusal(dpo.call_reward, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "Film"}, "There is no task Film, only reviews"),
+        ({"task": "no_module:Film"}, "Cannot find no_module:Film: No module named"),
+        ({"task": "json:Film"}, "Cannot find json:Film"),
+        ({"task": "json:JSONDecoder"}, "json:JSONDecoder is not a task: it has no problem"),
+        ({"reward": ["praise=2"]}, "--reward praise=2: there is no praise in ['sentiment']"),
+        ({"reward": ["sentiment=much"]}, "--reward sentiment=much: what follows = is the weight"),
+        ({"reward": ["json:nothing"]}, "Cannot find json:nothing"),
+    ],
+)
+def test_tasks_and_rewards_that_are_not_there_are_named(changes, message):
+    assert message in refusal(dpo.make_task, dpo.Args(**changes))
 
 
 # -------------------------------------------------------------------------------------------------- data
@@ -433,12 +485,12 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return dpo.make_tokenizer()
+    return dpo.make_tokenizer(dpo.Reviews.vocabulary)
 
 
 @pytest.fixture(scope="module")
 def chat_tokenizer():
-    tokenizer = dpo.make_tokenizer()
+    tokenizer = dpo.make_tokenizer(dpo.Reviews.vocabulary)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -451,14 +503,33 @@ def assistant(content: str) -> dict:
     return {"role": "assistant", "content": content}
 
 
+def reader(tokenizer, context: int = 64) -> dpo.Transformer:
+    """A model that is there to read: its tokenizer, its vocabulary and its context count."""
+    model = dpo.Transformer(
+        SHAPE | {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": context}
+    )
+    model.tokenizer = tokenizer
+    return model
+
+
 def load(tmp_path: Path, rows: list[dict], tokenizer, context: int = 64, **changes) -> tuple:
     args = dpo.Args(model="x", **changes)
-    return dpo.load_data(write_rows(tmp_path / "rows.jsonl", rows), args, tokenizer, context)
+    return dpo.load_data(write_rows(tmp_path / "rows.jsonl", rows), reader(tokenizer, context), args)
 
 
 def written(tokenizer, data: dpo.Data) -> list[tuple[str, str, bool]]:
-    texts = (tokenizer.batch_decode(x) for x in (data.prompts, data.completions))
-    return list(zip(*texts, data.labels))
+    return [
+        (tokenizer.decode(prompt), tokenizer.decode(completion), label)
+        for (prompt, completion), label in zip(data.sequences, data.labels.tolist())
+    ]
+
+
+def assert_same_data(parts, others) -> None:
+    for one, other in zip(parts, others, strict=True):
+        assert (one.paired, one.texts, one.sequences, one.mismatched) == (
+            other.paired, other.texts, other.sequences, other.mismatched
+        )  # fmt: skip
+        assert torch.equal(one.labels, other.labels)
 
 
 PAIRS = [{"prompt": f"2*{i}=", "chosen": f" the{i}", "rejected": f" was{i}"} for i in range(60)]
@@ -482,12 +553,13 @@ def test_pairs_of_text(tmp_path, tokenizer):
 
 
 def test_prompt_and_completion_are_tokens_of_their_own(tmp_path, tokenizer):
-    """The word "thefilm" would be unknown as a whole; a space stays with what it belongs to."""
+    """Written together, " the the" would be other tokens; a space stays with what it belongs to."""
     rows = [{"prompt": f"{i} the", "chosen": "the", "rejected": " the"} for i in range(99)]
     for part in load(tmp_path, rows, tokenizer):
         known = tokenizer.convert_tokens_to_ids(["the", " the", "<eos>"])
-        assert part.completions[0] == [known[0], known[2]] and part.completions[1] == [known[1], known[2]]
-        assert all(prompt[-1] == known[1] for prompt in part.prompts)
+        first, second = (x.completion for x in part.sequences[:2])
+        assert first == [known[0], known[2]] and second == [known[1], known[2]]
+        assert all(x.prompt[-1] == known[1] for x in part.sequences)
 
 
 def test_columns_and_parquet(tmp_path, tokenizer):
@@ -497,7 +569,7 @@ def test_columns_and_parquet(tmp_path, tokenizer):
     rows = [{names[key]: value for key, value in row.items()} for row in PAIRS]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     args = dpo.Args(model="x", **{f"{key}_column": value for key, value in names.items()})
-    parts = dpo.load_data(tmp_path / "rows.parquet", args, tokenizer, 64)
+    parts = dpo.load_data(tmp_path / "rows.parquet", reader(tokenizer), args)
     for part, expected in zip(parts, load(tmp_path, PAIRS, tokenizer)):
         assert written(tokenizer, part) == written(tokenizer, expected)
 
@@ -514,14 +586,14 @@ def test_conversations(tmp_path, chat_tokenizer):
         if i % 3 == 0:  # what many files have: the prompt as text beside it
             whole[-1]["prompt"] = f"{i}"
     parts = load(tmp_path, apart, chat_tokenizer)
-    for one, other in zip(parts, load(tmp_path, whole, chat_tokenizer)):
-        assert one == other and one.paired
+    assert_same_data(parts, load(tmp_path, whole, chat_tokenizer))
+    assert parts[0].paired and parts[1].paired
     split = [  # the messages of the prompt in both columns
         {"prompt": row["prompt"][:-2]}
         | {name: row["prompt"][-2:] + row[name] for name in ("chosen", "rejected")}
         for row in apart
     ]
-    assert load(tmp_path, split, chat_tokenizer) == parts
+    assert_same_data(load(tmp_path, split, chat_tokenizer), parts)
     found = sorted(sum((written(chat_tokenizer, part) for part in parts), []))
     expected = [
         (f"{'(*)' * (i % 2)}({i})=1<eos>(+)=", f" {word}{i}<eos>", word == "the")
@@ -530,13 +602,22 @@ def test_conversations(tmp_path, chat_tokenizer):
     ]
     assert found == sorted(expected)
     assert not {*parts[0].texts} & {*parts[1].texts}
-    assert all(dpo.is_held_out(text) for text in parts[1].texts)
-    assert not any(dpo.is_held_out(text) for text in parts[0].texts)
+
+
+def test_what_is_held_out_does_not_depend_on_the_template(tmp_path, chat_tokenizer):
+    """Templates may write today's date: the split is one of the prompts themselves, as messages."""
+    rows = [MESSAGES | {"prompt": [user(f"{i}")]} for i in range(80)]
+    parts = load(tmp_path, rows, chat_tokenizer)
+    other = dpo.make_tokenizer(dpo.Reviews.vocabulary)
+    other.chat_template = "20/11" + TEMPLATE
+    for part, again in zip(parts, load(tmp_path, rows, other)):
+        assert [f"20/11{text}" for text in part.texts] == again.texts
+    held_out = [f"({i})=" for i in range(80) if dpo.is_held_out(json.dumps([user(f"{i}")]))]
+    assert parts[1].texts[::2] == held_out and 2 < len(held_out) < 20
 
 
 def test_text_stays_text_where_the_tokenizer_has_a_template(tmp_path, chat_tokenizer, tokenizer):
-    for one, other in zip(load(tmp_path, PAIRS, chat_tokenizer), load(tmp_path, PAIRS, tokenizer)):
-        assert one == other
+    assert_same_data(load(tmp_path, PAIRS, chat_tokenizer), load(tmp_path, PAIRS, tokenizer))
 
 
 def test_rows_with_labels(tmp_path, tokenizer, chat_tokenizer):
@@ -554,7 +635,7 @@ def test_rows_with_labels(tmp_path, tokenizer, chat_tokenizer):
     found = sorted(sum((written(chat_tokenizer, part) for part in parts), []))
     assert found == sorted((f"({i})=", f" the{i}<eos>", i % 3 == 0) for i in range(40))
     pairs = load(tmp_path, PAIRS, tokenizer, loss="kto")
-    assert pairs[0].paired and pairs[0].labels[:4] == [True, False, True, False]
+    assert pairs[0].paired and pairs[0].labels[:4].tolist() == [True, False, True, False]
 
 
 def test_what_is_dropped_is_told(tmp_path, tokenizer, chat_tokenizer, capsys):
@@ -568,82 +649,107 @@ def test_what_is_dropped_is_told(tmp_path, tokenizer, chat_tokenizer, capsys):
     ]
     rows = [{"prompt": f"9{i:02}", "chosen": "111", "rejected": "222"} for i in range(40)]
     clean = load(tmp_path, rows, tokenizer, max_length=8)
-    assert capsys.readouterr().out == "" and sum(len(part.prompts) for part in clean) == 80
+    assert capsys.readouterr().out == "" and sum(len(part.texts) for part in clean) == 80
     parts = load(tmp_path, bad + rows, tokenizer, max_length=8)
     told = capsys.readouterr().out
-    assert parts == clean
+    assert_same_data(parts, clean)
     assert "Dropped of 45 rows of " in told
-    assert told.endswith("2 longer than the limit, 2 empty, 1 with chosen equal to rejected\n")
+    assert (
+        "2 with an empty prompt or completion (first: row 3), 2 longer than the limit (first: row 1)" in told
+    )
+    assert told.endswith(", 1 with chosen equal to rejected (first: row 5)\n")
     # In a conversation it is the message that is empty, not what closes it.
     empty = {"prompt": [user("1")], "chosen": [assistant(" ")], "rejected": [assistant("2")]}
     said = [empty | {"prompt": [user(f"{i}")], "chosen": [assistant("3")]} for i in range(40)]
     parts = load(tmp_path, [empty, *said], chat_tokenizer)
-    assert capsys.readouterr().out.endswith(": 1 empty\n") and sum(len(part.prompts) for part in parts) == 80
+    told = capsys.readouterr().out
+    assert ": 1 with an empty" in told and sum(len(part.texts) for part in parts) == 80
     # The context is a limit of its own.
-    assert load(tmp_path, bad + rows, tokenizer, context=8, max_length=99) == clean
+    assert_same_data(load(tmp_path, bad + rows, tokenizer, context=8, max_length=99), clean)
 
 
 def test_held_out_rows(tmp_path, tokenizer):
     """Those that no evaluation needs are not learned from either; a column may say which they are."""
     train, held_out = load(tmp_path, PAIRS, tokenizer)
     fewer = load(tmp_path, PAIRS, tokenizer, eval_prompts=3)
-    assert len(held_out.prompts) > 6 == len(fewer[1].prompts)
-    assert fewer[0] == train and fewer[1].prompts == held_out.prompts[:6]
+    assert len(held_out.texts) > 6 == len(fewer[1].texts)
+    assert_same_data(fewer[:1], [train])
+    assert fewer[1].sequences == held_out.sequences[:6]
     marked = [row | {"held_out": i in (4, 7)} for i, row in enumerate(PAIRS)]
     train, held_out = load(tmp_path, marked, tokenizer)
-    assert held_out.texts == ["2*4="] * 2 + ["2*7="] * 2 and len(train.prompts) == 116
+    assert held_out.texts == ["2*4="] * 2 + ["2*7="] * 2 and len(train.texts) == 116
 
 
-MESSAGES = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+MESSAGES = {"prompt": [user("a")], "chosen": [assistant("1")], "rejected": [assistant("2")]}
 
 
 @pytest.mark.parametrize(
     ("row", "message", "changes"),
     [
-        ({"prompt": "a"}, "row 61: no columns chosen and rejected; there are: prompt", {}),
-        ({"prompt": "a", "label": True}, "--loss kto takes labels", {}),
-        ({"prompt": "a", "chosen": "b"}, "row 61: no column rejected; there are: prompt, chosen", {}),
-        ({"chosen": "a", "rejected": "b"}, "row 61: no column prompt; there are: chosen, rejected", {}),
-        ({"prompt": "a", "chosen": None, "rejected": "b"}, "row 61: no column chosen", {}),
-        (MESSAGES, "mixes texts with conversations", {}),
-        (PAIRS[0] | {"chosen": [assistant("b")]}, "row 61: prompt and chosen must both be text", {}),
-        (MESSAGES | {"prompt": "a"}, "row 61: prompt and chosen must both be text", {}),
-        (PAIRS[0] | {"prompt": 5}, "row 61: prompt and chosen must both be text", {}),
-        (PAIRS[0] | {"rejected": 5}, "row 61: prompt and rejected must both be text", {}),
-        (MESSAGES | {"chosen": [{"role": "assistant"}]}, "row 61: each message of a conversation needs", {}),
-        (MESSAGES | {"chosen": [{"content": "b"}]}, "needs a role and a content", {}),
-        (MESSAGES | {"prompt": [user(None)]}, "needs a role and a content", {}),
-        (MESSAGES | {"prompt": ["a"]}, "needs a role and a content", {}),
+        ({"prompt": "a"}, "without columns chosen and rejected", {}),
         (
-            {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
-            "row 61: chosen and rejected answer different prompts",
+            {"prompt": "a", "label": True},
+            "without columns chosen and rejected; --loss kto takes labels",
             {},
         ),
+        ({"prompt": "a", "chosen": "b"}, "without rejected", {}),
+        ({"chosen": "a", "rejected": "b"}, "without prompt", {}),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "without prompt", {}),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "without chosen", {}),
         (
-            {"prompt": "a", "completion": "b"},
-            "row 61: label must be true or false, got None",
-            {"loss": "kto"},
+            {"prompt": [], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+            "with an empty prompt",
+            {},
         ),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "with an empty prompt", {}),
+        ({"prompt": [user("a")], "chosen": [], "rejected": []}, "with an empty prompt or completion", {}),
+        (MESSAGES, "of another form than the first", {}),
+        (PAIRS[0] | {"chosen": [assistant("b")]}, "whose prompt and chosen are not both text", {}),
+        (MESSAGES | {"prompt": "a"}, "whose prompt and chosen are not both text", {}),
+        (PAIRS[0] | {"prompt": 5}, "whose prompt and chosen are not both text", {}),
+        (PAIRS[0] | {"rejected": 5}, "whose prompt and rejected are not both text", {}),
+        (MESSAGES | {"chosen": [{"role": "assistant"}]}, "with a message that lacks", {}),
+        (MESSAGES | {"chosen": [{"content": "b"}]}, "with a message that lacks a role or a content", {}),
+        (MESSAGES | {"prompt": [user(None)]}, "with a message that lacks a role or a content", {}),
+        (MESSAGES | {"prompt": ["a"]}, "with a message that lacks a role or a content", {}),
+        (MESSAGES | {"prompt": [5]}, "with a message that lacks a role or a content", {}),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
+            "whose chosen and rejected answer different prompts",
+            {},
+        ),
+        ({"prompt": "a", "completion": "b"}, "whose label is neither true nor false", {"loss": "kto"}),
         (
             {"prompt": "a", "completion": "b", "label": "yes"},
-            "row 61: label must be true or false, got 'yes'",
+            "whose label is neither true nor false",
             {"loss": "kto"},
         ),
-        ({"prompt": "a", "label": True}, "row 61: no column completion; there are", {"loss": "kto"}),
-        ({"prompt": "a", "completion": "b", "label": True}, "or pairs with labels", {"loss": "kto"}),
+        ({"prompt": "a", "label": True}, "without completion", {"loss": "kto"}),
+        (
+            {"prompt": "a", "completion": "b", "label": True},
+            "of another form than the first",
+            {"loss": "kto"},
+        ),
     ],
 )
-def test_bad_rows_are_named(row, message, changes, tmp_path, tokenizer):
-    assert message in refusal(load, tmp_path, [*PAIRS, row], tokenizer, **changes)
+def test_a_bad_row_is_dropped(row, message, changes, tmp_path, tokenizer, capsys):
+    """With its number and the reason; the other rows are learned from. A file of such rows is refused."""
+    expected = load(tmp_path, PAIRS, tokenizer, **changes)
+    assert_same_data(load(tmp_path, [*PAIRS, row], tokenizer, **changes), expected)
+    told = capsys.readouterr().out
+    assert f"Dropped of 61 rows of {tmp_path / 'rows.jsonl'}: 1 {message}" in told and "row 61)" in told
+    columns = f"its columns are {', '.join(row)}"
+    assert columns in refusal(load, tmp_path, [row] * 40, tokenizer, **changes)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{nonsense\n', "line 3 is not JSON"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{nonsense\n', "line 3 is not a JSON object"),
         ("[1]\n", "line 1 is not a JSON object"),
+        ("5\n", "line 1 is not a JSON object"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "too few rows"),
-        ("", "has no rows"),
+        ("", "too few rows"),
         (None, "No such file"),
     ],
 )
@@ -651,25 +757,46 @@ def test_bad_files_are_named(content, message, tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)
-    assert message in refusal(dpo.load_data, str(path), dpo.Args(model="x"), tokenizer, 64)
+    assert message in refusal(dpo.load_data, str(path), reader(tokenizer), dpo.Args(model="x"))
 
 
-def test_chat_templates_that_do_not_serve_are_named(tmp_path, tokenizer):
+def test_chat_templates_that_do_not_serve_are_named(tmp_path, tokenizer, capsys):
     rows = [MESSAGES | {"prompt": [user(f"{i}")]} for i in range(40)]
-    assert "no chat template" in refusal(load, tmp_path, rows, tokenizer)
-    other = dpo.make_tokenizer()
+    assert "too few rows of use" in refusal(load, tmp_path, rows, tokenizer)
+    assert "40 that the chat template refuses" in capsys.readouterr().out
+    other = dpo.make_tokenizer(dpo.Reviews.vocabulary)
     other.chat_template = "{{ messages | length }}" + TEMPLATE
-    assert "changes a prompt when an answer follows it" in refusal(load, tmp_path, rows, other)
+    assert "too few rows of use" in refusal(load, tmp_path, rows, other)
+    assert "40 whose prompt the chat template changes when an answer follows" in capsys.readouterr().out
+    other.chat_template = (
+        "{% if messages[0].content == '7' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    )
+    parts = load(tmp_path, rows, other)
+    assert "1 that the chat template refuses (no) (first: row 8)" in capsys.readouterr().out
+    assert sum(len(part.texts) for part in parts) == 78
+
+
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path, tokenizer):
+    model = dpo.Transformer(SHAPE | {"model_type": "llama", "vocab_size": 40})
+    model.tokenizer = tokenizer
+    source = write_rows(tmp_path / "rows.jsonl", PAIRS)
+    message = refusal(dpo.load_data, source, model, dpo.Args(model="x"))
+    assert re.search(r"tokenizer has a token \d+, but the model knows 40 tokens only", message)
 
 
 def test_mismatched_prompts():
     """The next one that differs, round the end; nothing to choose from where all are alike."""
-    data = dpo.Data(True, prompts=[[1], [1], [2], [2], [2], [3]], completions=[[7]] * 6)
-    assert [data.other_prompt(row) for row in range(6)] == [[2], [2], [3], [3], [3], [1]]
-    assert dpo.Data(True, prompts=[[1], [1]], completions=[[7]] * 2).other_prompt(0) == [1]
-    data = dpo.Data(False, prompts=[[1], [2, 2, 2], [3, 3]], completions=[[7, 7]] * 3, limit=4)
-    assert [data.other_prompt(row) for row in range(3)] == [[3, 3], [3, 3], [1]]  # [2, 2, 2] leaves no room
-    assert dpo.Data(False, prompts=[[1], [2]], completions=[[7]] * 2, limit=1).other_prompt(0) == [1]
+
+    def others(prompts: list[list[int]], completions: list[list[int]], limit: int = 99) -> list[list[int]]:
+        found = dpo.mismatch([*map(dpo.Sequence, prompts, completions)], limit)
+        assert [x.completion for x in found] == completions
+        return [x.prompt for x in found]
+
+    assert others([[1], [1], [2], [2], [2], [3]], [[7]] * 6) == [[2], [2], [3], [3], [3], [1]]
+    assert others([[1], [1]], [[7]] * 2) == [[1], [1]]
+    # [2, 2, 2] leaves no room
+    assert others([[1], [2, 2, 2], [3, 3]], [[7, 7]] * 3, limit=4) == [[3, 3], [3, 3], [1]]
+    assert others([[1], [2]], [[7]] * 2, limit=1) == [[1], [2]]
 
 
 # ------------------------------------------------------------------------------- log-probabilities, steps
@@ -694,14 +821,15 @@ def test_sequence_log_probs_are_plain_sums(model):
     """Of the tokens of the completion only; other rows, and so how far a row is filled up, change nothing."""
     prompts, completions = random_rows(6, 1, 12), random_rows(6, 1, 15)
     with torch.no_grad():
-        found = dpo.sequence_log_probs(model, prompts, completions)
-        expected = torch.stack([plain_log_prob(model, *row) for row in zip(prompts, completions)])
+        sequences = [*map(dpo.Sequence, prompts, completions)]
+        found = dpo.sequence_log_probs(model, sequences)
+        expected = torch.stack([plain_log_prob(model, *row) for row in sequences])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-        alone = [dpo.sequence_log_probs(model, [x], [y]) for x, y in zip(prompts, completions)]
+        alone = [dpo.sequence_log_probs(model, [sequence]) for sequence in sequences]
         torch.testing.assert_close(torch.cat(alone), expected, atol=1e-4, rtol=1e-5)
         for size in (1, 4, 64):
             args = dpo.Args(micro_batch_size=size)
-            again = dpo.all_log_probs(model, prompts, completions, args)
+            again = dpo.all_log_probs(model, sequences, args)
             torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -712,27 +840,23 @@ def random_data(count: int, paired: bool = True) -> dpo.Data:
         prompts[1::2] = prompts[0::2]
     labels = [i % 2 == 0 for i in range(count)] if paired else [i % 3 == 0 for i in range(count)]
     lengths = torch.tensor([float(len(x)) for x in completions])
-    return dpo.Data(
-        paired, [str(x) for x in prompts], prompts, completions, labels,
-        -4 * lengths + torch.randn(count), -6 * lengths + torch.randn(count),
-    )  # fmt: skip
+    sequences = [*map(dpo.Sequence, prompts, completions)]
+    references = -4 * lengths + torch.randn(count), -6 * lengths + torch.randn(count)
+    texts, mismatched = [str(x) for x in prompts], dpo.mismatch(sequences, 99)
+    return dpo.Data(paired, texts, sequences, mismatched, torch.tensor(labels), *references)
 
 
 def plain_step(model, data: dpo.Data, units: list[int], args: dpo.Args) -> tuple[torch.Tensor, dict]:
     """The loss of a step on all rows at once, from the formulas, and what else it tells."""
     size = 1 if args.loss == "kto" else 2
     rows = [size * unit + i for unit in units for i in range(size)]
-    log_probs = torch.stack([plain_log_prob(model, data.prompts[i], data.completions[i]) for i in rows])
+    log_probs = torch.stack([plain_log_prob(model, *data.sequences[i]) for i in rows])
     ratios = log_probs - data.reference[rows]
-    lengths = torch.tensor([len(data.completions[i]) for i in rows])
+    lengths = torch.tensor([len(data.sequences[i].completion) for i in rows])
     if args.loss == "kto":
-        labels = torch.tensor([data.labels[i] for i in rows])
+        labels = data.labels[rows]
         with torch.no_grad():
-            gaps = [
-                plain_log_prob(model, data.other_prompt(i), data.completions[i])
-                - data.reference_mismatched[i]
-                for i in rows
-            ]
+            gaps = [plain_log_prob(model, *data.mismatched[i]) - data.mismatched_reference[i] for i in rows]
             kl = torch.stack(gaps).mean().clamp(min=0)
         signs = torch.where(labels, 1.0, -1.0)
         weights = torch.where(labels, args.desirable_weight, args.undesirable_weight)
@@ -771,13 +895,15 @@ def test_micro_batches_change_nothing(changes, model, monkeypatch):
     )
     units = [9, 2, 11, 5, 0, 7, 3]
     args = dpo.Args(**changes)
+    size = 1 if changes["loss"] == "kto" else 2
+    groups = [list(range(size * unit, size * unit + size)) for unit in units]
     loss, told = plain_step(model, data, units, args)
     expected = torch.autograd.grad(loss, list(model.parameters()))
     assert any(x.abs().max() > 1e-3 for x in expected) and told.get("kl", 1) > 0.1
     for size in (64, 5, 1):
         model.zero_grad()
         taken.clear()
-        metrics = dpo.take_step(model, None, data, units, dpo.Args(**changes, micro_batch_size=size))
+        metrics = dpo.take_step(model, None, data, groups, dpo.Args(**changes, micro_batch_size=size))
         for x, y in zip(taken, expected, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
         told |= {"loss": loss.item(), "grad_norm": 7.0}
@@ -790,19 +916,19 @@ def test_micro_batches_change_nothing(changes, model, monkeypatch):
 def test_kl_below_0_counts_as_0_in_a_step(model, monkeypatch):
     monkeypatch.setattr(dpo, "optimizer_step", lambda *_: 1.0)
     data = random_data(12, paired=False)
-    data.reference_mismatched = torch.zeros(12)
-    assert dpo.take_step(model, None, data, [1, 2, 3], dpo.Args(loss="kto"))["kl"] == 0
+    data.mismatched_reference = torch.zeros(12)
+    assert dpo.take_step(model, None, data, [[1], [2], [3]], dpo.Args(loss="kto"))["kl"] == 0
 
 
 def test_judge_by_hand():
     """Two pairs, beta 0.5: rewards 1 and -1, then 0 and 0.5; the second is taken the wrong way round."""
-    data = dpo.Data(
-        True, prompts=[[1]] * 6, completions=[[1]] * 2 + [[1, 1], [1, 1, 1, 1], [1] * 5, [1]],
-        labels=[True, False] * 3, reference=torch.tensor([9.0, 9.0, -3.0, -3.0, -2.0, -2.0]),
-    )  # fmt: skip
+    completions = [[1]] * 2 + [[1, 1], [1, 1, 1, 1], [1] * 5, [1]]
+    sequences, labels = [dpo.Sequence([1], x) for x in completions], torch.tensor([True, False] * 3)
+    reference = torch.tensor([9.0, 9.0, -3.0, -3.0, -2.0, -2.0])
+    data = dpo.Data(True, [""] * 6, sequences, sequences, labels, reference, torch.zeros(6))
     log_probs = torch.tensor([-1.0, -5.0, -2.0, -1.0], requires_grad=True)
     args = dpo.Args(loss="dpo", beta=0.5, sft_coef=0.1)
-    losses, sums = dpo.judge(log_probs, data, [2, 3, 4, 5], 0.0, args, pairs=True)
+    losses, sums = dpo.judge(log_probs, data.select([2, 3, 4, 5], CPU), 0.0, args, paired=True)
     expected = [math.log(1 + math.exp(-2)) + 0.1 * 1 / 2, math.log(1 + math.exp(0.5)) + 0.1 * 2 / 5]
     assert losses.tolist() == pytest.approx(expected) and losses.requires_grad
     assert dpo.means_of(sums) == pytest.approx({
@@ -810,8 +936,8 @@ def test_judge_by_hand():
         "rewards/margins": 0.75, "rewards/accuracies": 0.5, "logps/chosen": -1.5, "logps/rejected": -3.0,
     })  # fmt: skip
     # With labels of their own there is no accuracy, and what there is none of has no mean.
-    args, data.labels = dpo.Args(loss="kto", beta=0.5), [True] * 6
-    losses, sums = dpo.judge(log_probs, data, [2, 3, 4, 5], 0.0, args, pairs=False)
+    args, data.labels = dpo.Args(loss="kto", beta=0.5), torch.tensor([True] * 6)
+    losses, sums = dpo.judge(log_probs, data.select([2, 3, 4, 5], CPU), 0.0, args, paired=False)
     means = dpo.means_of(sums)
     assert "rewards/accuracies" not in means and means["rewards/chosen"] == pytest.approx(0.125)
     assert not {"rewards/rejected", "rewards/margins"} & means.keys() and losses.shape == (4,)
@@ -835,26 +961,25 @@ def test_reference_is_computed_once(model, tmp_path, monkeypatch):
     data = random_data(20)
     first, calls = reference_of(model, data, args, monkeypatch)
     with torch.no_grad():
-        expected = dpo.sequence_log_probs(model, data.prompts, data.completions)
+        expected = dpo.sequence_log_probs(model, data.sequences)
     torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-5)
-    assert calls == 1 and data.reference_mismatched is None
-    data.reference = None
+    assert calls == 1
+    data.reference = torch.zeros(20)
     again, calls = reference_of(model, data, args, monkeypatch)
     assert calls == 0 and torch.equal(again, first)
 
     kto = dpo.Args(loss="kto", runs=args.runs, micro_batch_size=64)
     assert reference_of(model, data, kto, monkeypatch)[1] == 2
-    others = [data.other_prompt(i) for i in range(20)]
     with torch.no_grad():
-        expected = dpo.sequence_log_probs(model, others, data.completions)
-    torch.testing.assert_close(data.reference_mismatched, expected, atol=1e-4, rtol=1e-5)
-    mismatched, data.reference_mismatched = data.reference_mismatched, None
+        expected = dpo.sequence_log_probs(model, data.mismatched)
+    torch.testing.assert_close(data.mismatched_reference, expected, atol=1e-4, rtol=1e-5)
+    mismatched, data.mismatched_reference = data.mismatched_reference, None
     assert reference_of(model, data, kto, monkeypatch)[1] == 0
-    assert torch.equal(data.reference_mismatched, mismatched)
+    assert torch.equal(data.mismatched_reference, mismatched)
 
-    for part in ("prompts", "completions"):
+    for part in ("prompt", "completion"):
         changed = copy.deepcopy(data)
-        getattr(changed, part)[3][0] ^= 1
+        getattr(changed.sequences[3], part)[0] ^= 1
         found, calls = reference_of(model, changed, args, monkeypatch)
         assert calls == 1 and found[3] != first[3]
     with torch.no_grad():
@@ -889,27 +1014,23 @@ def test_folder_that_cannot_be_written_is_told(model, tmp_path, monkeypatch, cap
     ("changes", "message"),
     [
         *(
-            ({name: 0}, f"{name} must be at least 1, got 0")
+            ({name: 0}, f"{name} must lie in [1, inf), got 0")
             for name in "max_steps checkpoint_interval eval_prompts hidden_size "
             "num_layers num_heads sft_batch_size num_pairs batch_size micro_batch_size".split()
         ),
         *(
-            ({name: value}, f"{name} must be positive, got {value}")
-            for name in ("beta", "learning_rate", "sft_learning_rate", "max_grad_norm")
-            for value in (0.0, math.nan)
+            ({name: value}, f"{name} must lie in (0, inf), got {value}")
+            for name in "beta learning_rate sft_learning_rate max_grad_norm checkpoint_minutes".split()
+            for value in (0.0, math.nan, math.inf)
         ),
         *(
-            ({name: -1}, f"{name} must be at least 0, got -1")
+            ({name: -1}, f"{name} must lie in [0, inf), got -1")
             for name in "eval_interval sft_steps warmup_steps simpo_gamma orpo_lambda desirable_weight "
-            "undesirable_weight".split()
+            "undesirable_weight sft_coef".split()
         ),
-        ({"sft_coef": -0.1}, "sft_coef must be at least 0, or None for the default"),
-        ({"sft_coef": math.nan}, "sft_coef must be at least 0, or None for the default"),
-        *(
-            ({name: 0}, f"{name} must be at least 1, or None")
-            for name in ("max_length", "max_completion_length")
-        ),
-        ({"simpo_gamma": math.nan}, "simpo_gamma must be at least 0, got nan"),
+        ({"sft_coef": math.nan}, "sft_coef must lie in [0, inf), got nan"),
+        *(({name: 0}, f"{name} must lie in [1, inf)") for name in ("max_length", "max_completion_length")),
+        ({"simpo_gamma": math.nan}, "simpo_gamma must lie in [0, inf), got nan"),
         ({"label_smoothing": 0.5}, "label_smoothing must lie in [0, 0.5), got 0.5"),
         ({"label_noise": -0.1}, "label_noise must lie in [0, 0.5), got -0.1"),
         ({"label_noise": math.nan}, "label_noise must lie in"),
@@ -919,9 +1040,10 @@ def test_folder_that_cannot_be_written_is_told(model, tmp_path, monkeypatch, cap
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**32}, "seed must lie in"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size = 100 must be a multiple of 2 x num_heads = 6"),
-        ({"beta": math.inf}, "beta must be finite"),
         ({"dataset": "a.jsonl"}, "give --model too"),
-        ({"resume": "a", "evaluate": "b"}, "resume and evaluate exclude each other"),
+        ({"dataset": "a.jsonl", "model": "b", "reward": ["sentiment=2"]}, "a dataset has none"),
+        ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
+        ({"resume": "a", "run_name": "b"}, "resume, evaluate and run_name exclude each other"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -937,7 +1059,8 @@ def test_arguments_at_their_bounds_are_taken():
     parsed = dpo.parse_args("--loss simpo --beta 2 --simpo-gamma 1 --no-anneal-lr".split())
     assert parsed == dpo.Args(loss="simpo", beta=2.0, simpo_gamma=1.0, anneal_lr=False)
     assert [loss for loss in LOSSES if dpo.Args(loss=loss).has_reference] == ["dpo", "ipo", "kto"]
-    assert dpo.Args(dataset="data/a.jsonl", model="x").task_name == "a" and dpo.Args().task_name == "reviews"
+    rewards = dpo.parse_args("--reward a:b --reward sentiment=0.5".split()).reward
+    assert rewards == ["a:b", "sentiment=0.5"]
 
 
 # -------------------------------------------------------------------------------------------- short runs
@@ -995,6 +1118,7 @@ def test_what_is_logged(finished_run):
     assert re.fullmatch(r"reviews__dpo_llm__1__\d{8}-\d{6}", finished_run.name)
     saved = json.loads((finished_run / "args.json").read_text())
     assert dpo.Args(**saved) == dpo.Args(**TINY | {"runs": str(finished_run.parent)})
+    assert dpo.read_args(finished_run) == dpo.Args(**saved)
     curves, losses = curves_of(finished_run), JUDGED.split()
     dense = [*losses, "grad_norm", "learning_rate", "epoch", "num_tokens"]
     evaluations = [f"eval/{name}" for name in [*losses, *SAMPLED.split(), "true_reward", "win_rate"]]
@@ -1015,7 +1139,7 @@ def test_what_is_logged(finished_run):
 def test_files_of_a_run(finished_run):
     """Pairs, each drawn once in a pass; samples of each evaluation; the reference and the model."""
     assert {x.name for x in finished_run.iterdir() if "tfevents" not in x.name} == {
-        *"args.json checkpoint.pt model pairs.jsonl reference samples.jsonl".split()
+        *"args.json checkpoint.pt checkpoint.previous.pt model pairs.jsonl reference samples.jsonl".split()
     }
     assert {x.suffix for x in (finished_run.parent / "reference_log_probs").iterdir()} == {".safetensors"}
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
@@ -1028,15 +1152,15 @@ def test_files_of_a_run(finished_run):
     reference = dpo.Transformer.from_pretrained(finished_run / "reference").state_dict()
     assert any(not torch.equal(x, state["model"][name]) for name, x in reference.items())
     args = dpo.Args(**state["args"])
-    data, _ = dpo.load_data(finished_run / "pairs.jsonl", args, dpo.make_tokenizer(), 1024)
-    count = len(data.prompts) // 2
+    data, _ = dpo.load_data(finished_run / "pairs.jsonl", dpo.read_model(finished_run / "model"), args)
+    count = len(data.texts) // 2
     for epoch in (0, 1):
         assert sorted(dpo.shuffled(1, epoch, count)) == list(range(count))
     assert dpo.shuffled(1, 0, count) != dpo.shuffled(1, 1, count) != dpo.shuffled(2, 1, count)
     drawn = [dpo.shuffled(1, i // count, count)[i % count] for i in range(48)]
-    tokens = sum(
-        len(data.prompts[2 * i + j]) + len(data.completions[2 * i + j]) for i in drawn for j in (0, 1)
-    )
+    steps = [row for step in range(1, 7) for unit in dpo.draw_units(data, step, args) for row in unit]
+    assert steps == [2 * i + j for i in drawn for j in (0, 1)]
+    tokens = sum(len(part) for row in steps for part in data.sequences[row])
     curves = curves_of(finished_run)
     assert curves["num_tokens"][6] == tokens and curves["epoch"][6] == pytest.approx(48 / count)
 
@@ -1055,17 +1179,33 @@ def test_exported_model_is_read_by_transformers_and_by_the_script(finished_run):
 
 
 def load_parts(saved_model: str, **changes) -> tuple:
-    """Arguments, task, model, tokenizer and what ends a completion."""
+    """Arguments, task and model."""
     args = dpo.Args(**TINY | {"model": saved_model, "max_completion_length": 32} | changes)
-    return args, dpo.Reviews(args.seed), *dpo.make_model(args)
+    return args, dpo.Reviews(), dpo.read_model(args.model)
+
+
+class Workplace:
+    """What an evaluation needs of a Run."""
+
+    rank, step, device, precision = 0, 1, CPU, contextlib.nullcontext()
+
+    def __init__(self, path: Path):
+        self.path = path
+
+
+def sampled_by(monkeypatch) -> list[dpo.Completions]:
+    """Whatever is sampled from here on."""
+    sampled, sample = [], dpo.sample
+    monkeypatch.setattr(dpo, "sample", lambda *x: sampled.append(sample(*x)) or sampled[-1])
+    return sampled
 
 
 def test_pairs_follow_the_true_reward(saved_model, monkeypatch, tmp_path):
     """With a noise of 0 always, with one of 0.3 in about 70 percent, from the same completions."""
     pairs = {}
     for noise in (0.0, 0.3):
-        args, task, model, tokenizer, eos = load_parts(saved_model, num_pairs=500, label_noise=noise)
-        pairs[noise] = dpo.sample_pairs(model, tokenizer, task, eos, args)
+        args, task, model = load_parts(saved_model, num_pairs=500, label_noise=noise)
+        pairs[noise] = dpo.sample_pairs(model, task, args)
     assert len(pairs[0.0]) == len(pairs[0.3]) > 300
     flips = 0
     for one, other in zip(pairs[0.0], pairs[0.3]):
@@ -1077,31 +1217,26 @@ def test_pairs_follow_the_true_reward(saved_model, monkeypatch, tmp_path):
         assert {one["chosen"], one["rejected"]} == {other["chosen"], other["rejected"]}
     n = len(pairs[0.0])
     assert abs(flips - 0.3 * n) < 4 * math.sqrt(0.21 * n)
-    # They are read back as the tokens that were sampled, but for <pad> and <bos>, of which no text is made,
-    # and words that were written together; with held-out prompts in a part of their own.
-    args, task, model, tokenizer, eos = load_parts(saved_model, num_pairs=100)
-    sampled, decode = [], dpo.decode
+    # They are read back as the tokens that were sampled, but for <pad> and <bos>, of which no text is made;
+    # with held-out prompts in a part of their own.
+    args, task, model = load_parts(saved_model, num_pairs=100)
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "decode", lambda tokenizer, x: sampled.append(x) or decode(tokenizer, x))
-        rows = dpo.sample_pairs(model, tokenizer, task, eos, args)
-    (sampled,) = sampled
-    rows_of_tokens = zip(sampled.tokens.tolist(), sampled.lengths.tolist())
-    tokens = {tuple(token for token in row[:n] if token > 1) for row, n in rows_of_tokens}
-    parts = dpo.load_data(write_rows(tmp_path / "pairs.jsonl", rows), args, tokenizer, 1024)
-    found = [tuple(x) for part in parts for x in part.completions]
-    known = [x for x in found if tokenizer.pad_token_id not in x]
-    assert {*known} <= tokens and 2 * len(rows) == len(found) < 1.03 * len(known)
-    assert all(x[-1] == tokenizer.eos_token_id for x in found)
-    held_out = {problem["prompt"] for problem in task.held_out_problems(32)}
+        sampled = sampled_by(patch)
+        rows = dpo.sample_pairs(model, task, args)
+    tokens = {tuple(token for token in row if token > 1) for row in sampled[0].tokens}
+    parts = dpo.load_data(write_rows(tmp_path / "pairs.jsonl", rows), model, args)
+    found = [tuple(x.completion) for part in parts for x in part.sequences]
+    assert {*found} <= tokens and 2 * len(rows) == len(found)
+    assert all(x[-1] == model.tokenizer.eos_token_id for x in found)
+    held_out = {dpo.draw(task, 1, i, held_out=True)["prompt"] for i in range(32)}
     assert {*parts[1].texts} <= held_out and not {*parts[0].texts} & held_out and len(parts[1].texts) > 20
 
 
 def test_pairs_leave_out_ties_and_what_is_cut_off(saved_model, monkeypatch):
-    args, task, model, tokenizer, eos = load_parts(saved_model, num_pairs=100, max_completion_length=9)
-    sampled, decode = [], dpo.decode
-    monkeypatch.setattr(dpo, "decode", lambda tokenizer, x: sampled.append(x) or decode(tokenizer, x))
-    rows = dpo.sample_pairs(model, tokenizer, task, eos, args)
-    texts = decode(tokenizer, sampled[0])
+    args, task, model = load_parts(saved_model, num_pairs=100, max_completion_length=9)
+    sampled = sampled_by(monkeypatch)
+    rows = dpo.sample_pairs(model, task, args)
+    texts = model.decode(sampled[0].tokens)
     rewards = dpo.sentiment_reward(texts, texts)
     kept = [
         {texts[i], texts[i + 1]}
@@ -1114,49 +1249,52 @@ def test_pairs_leave_out_ties_and_what_is_cut_off(saved_model, monkeypatch):
 
 def test_evaluation_of_the_reference_against_itself(finished_run, saved_model):
     """No KL, no margin, and as many wins as losses; what the training draws from is left alone."""
-    args, task, model, tokenizer, eos = load_parts(
+    args, task, model = load_parts(
         saved_model, eval_prompts=8, runs=str(finished_run.parent), max_completion_length=20
     )
-    _, held_out = dpo.read_data(model, tokenizer, task, eos, args, finished_run)
-    before = torch.get_rng_state()
-    metrics, samples = dpo.evaluate(model, model, tokenizer, task, held_out, eos, args)
-    assert torch.equal(torch.get_rng_state(), before)
+    run = Workplace(finished_run)
+    _, held_out = dpo.load_preferences(model, task, args, run)
+    seed = args.seed + 2 * dpo.EVALUATION_SEED
+    before = dpo.sample_held_out(model, task, held_out, args, seed)
+    state = torch.get_rng_state()
+    metrics, samples = dpo.evaluate(model, held_out, before, task, args, run)
+    assert torch.equal(torch.get_rng_state(), state)
     assert abs(metrics["kl_to_reference"]) < 1e-3 and abs(metrics["rewards/margins"]) < 1e-4
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-4)
     rewards = dpo.sentiment_reward([""] * 8, [x["completion"] for x in samples])
-    assert [x["prompt"] for x in samples] == [x["prompt"] for x in task.held_out_problems(8)]
+    assert [x["prompt"] for x in samples] == [dpo.draw(task, 0, i, held_out=True)["prompt"] for i in range(8)]
     assert metrics["true_reward"] == pytest.approx(sum(rewards) / 8, abs=1e-6)
-    assert dpo.evaluate(model, model, tokenizer, task, held_out, eos, args)[0] == metrics
+    assert dpo.evaluate(model, held_out, before, task, args, run)[0] == metrics
     # A win counts 1 and a draw half.
     shift = torch.tensor([0.1, -0.1, 0, 0, -0.1, -0.1, -0.1, 0])
-    other = held_out._replace(reference_rewards=torch.tensor(rewards) + shift)
-    found = dpo.evaluate(model, model, tokenizer, task, other, eos, args)[0]
+    other = before._replace(rewards=torch.tensor(rewards) + shift)
+    found = dpo.evaluate(model, held_out, other, task, args, run)[0]
     assert found["win_rate"] == pytest.approx((4 + 3 / 2) / 8)
-    args, task, model, tokenizer, eos = load_parts(saved_model, eval_prompts=400)
-    many = dpo.load_held_out(model, tokenizer, task, held_out.data, eos, args)
-    metrics, _ = dpo.evaluate(model, model, tokenizer, task, many, eos, args)
+    args, task, model = load_parts(saved_model, eval_prompts=400)
+    many = dpo.sample_held_out(model, task, held_out, args, seed)
+    metrics, _ = dpo.evaluate(model, held_out, many, task, args, run)
     assert 0.4 < metrics["win_rate"] < 0.6 and metrics["win_rate"] != 0.5  # other numbers, other samples
 
 
 def test_kl_to_the_reference_is_that_of_the_samples(finished_run, saved_model, monkeypatch):
     """E[log policy - log reference] of whole completions, each log-probability computed by itself."""
-    args, task, reference, tokenizer, eos = load_parts(
-        saved_model, eval_prompts=8, runs=str(finished_run.parent)
-    )
-    _, held_out = dpo.read_data(reference, tokenizer, task, eos, args, finished_run)
+    args, task, reference = load_parts(saved_model, eval_prompts=8, runs=str(finished_run.parent))
+    run = Workplace(finished_run)
+    _, held_out = dpo.load_preferences(reference, task, args, run)
+    before = dpo.sample_held_out(reference, task, held_out, args, 0)
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         policy.lm_head.weight += 0.1 * torch.randn_like(policy.lm_head.weight)
-    sampled, draw = [], dpo.sample
-    monkeypatch.setattr(dpo, "sample", lambda *x: sampled.append(draw(*x)) or sampled[-1])
-    metrics, _ = dpo.evaluate(policy, reference, tokenizer, task, held_out, eos, args)
+    sampled = sampled_by(monkeypatch)
+    metrics, _ = dpo.evaluate(policy, held_out, before, task, args, run)
+    problems = [dpo.draw(task, args.seed, i, held_out=True) for i in range(8)]
     gaps = []
-    for prompt, row, n in zip(held_out.prompts, sampled[0].tokens.tolist(), sampled[0].lengths.tolist()):
+    for prompt, row in zip(dpo.encode_prompts(policy, problems, 32), sampled[0].tokens, strict=True):
         with torch.no_grad():
-            gaps.append(plain_log_prob(policy, prompt, row[:n]) - plain_log_prob(reference, prompt, row[:n]))
+            gaps.append(plain_log_prob(policy, prompt, row) - plain_log_prob(reference, prompt, row))
     assert metrics["kl_to_reference"] == pytest.approx(torch.stack(gaps).mean().item(), abs=1e-3)
     assert metrics["kl_to_reference"] > 0.05
-    assert metrics["mean_length"] == pytest.approx(sampled[0].lengths.float().mean().item())
+    assert metrics["mean_length"] == pytest.approx(sum(map(len, sampled[0].tokens)) / 8)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -1206,21 +1344,49 @@ def test_interrupted_run_over_several_passes(saved_model, tmp_path, monkeypatch,
         interrupted_at(4, "take_step", patch)
         message = refusal(train, tmp_path / "interrupted", **settings)
     run = the_run(tmp_path / "interrupted")
-    assert f"Interrupted; go on with: python dpo_llm.py --resume {run}" in message
+    assert f"Ended at once; go on with: python dpo_llm.py --resume {run}" in message
     resume(run)
     assert "Resumed at step 2" in capsys.readouterr().out
     assert_same_run(run, reference)
 
 
 @pytest.mark.parametrize("stage", ["warm_up", "sample_pairs", "add_reference"])
-def test_run_stopped_before_its_first_step_begins_anew(stage, finished_run, tmp_path, monkeypatch):
+def test_run_stopped_before_its_first_step(stage, finished_run, tmp_path, monkeypatch):
+    """The end of the warm-up is saved, so that what follows it does not cost it."""
     with monkeypatch.context() as patch:
         interrupted_at(1, stage, patch)
         refusal(train, tmp_path)
     run = the_run(tmp_path)
-    assert not (run / "checkpoint.pt").exists()
+    assert (run / "checkpoint.pt").exists() == (stage != "warm_up")
+    if stage != "warm_up":
+        assert dpo.load_checkpoint(run)["step"] == 0
     resume(run)
-    assert checkpoint_difference(*map(dpo.load_checkpoint, (run, finished_run))) is None
+    assert_same_run(run, finished_run)
+
+
+def line_with(process, text: str) -> str:
+    return next(line for line in process.stdout if text in line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_preempted_in_the_warm_up_and_started_again(number, tmp_path):
+    """The same command goes on where the signal came, and ends as if there had been none."""
+    settings = TINY | {"sft_steps": 300, "max_steps": 2, "checkpoint_minutes": 1e-4}
+    expected = train(tmp_path / "expected", **settings)
+    command = [*flags(**settings, runs=tmp_path), "--run-name", "mine"]
+    process = start(SCRIPT, *command, cwd=tmp_path)
+    while not (tmp_path / "mine" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    told = line_with(process, "Interrupted at step -")
+    assert process.wait(timeout=60) == 1 and "go on with: python dpo_llm.py --resume" in told
+    step = dpo.load_checkpoint(tmp_path / "mine")["step"]
+    assert -300 < step < 0 and f"step {step}" in told
+    assert dpo.main(dpo.parse_args(command)) == tmp_path / "mine"
+    assert_same_run(tmp_path / "mine", expected)
+    message = refusal(dpo.main, dpo.parse_args([*command, "--max-steps", "1"]))
+    assert "is at step 2 already; raise --max-steps" in message
 
 
 def test_resume_keeps_to_the_arguments_of_the_run(finished_run):
@@ -1235,7 +1401,7 @@ def test_evaluate_prints_the_metrics(finished_run, capsys):
     files = sorted(finished_run.iterdir())
     dpo.main(dpo.parse_args(["--evaluate", str(finished_run), "--eval-prompts", "32", "--no-bf16"]))
     told, curves = capsys.readouterr().out, curves_of(finished_run)
-    assert told.startswith("reviews: ") and told.endswith(" over 32 prompts\n")
+    assert "step     6: evaluation kl_to_reference" in told
     for tag, curve in curves.items():
         if tag.startswith("eval/"):
             value = float(re.search(rf"{tag[5:]} (-?[0-9.]+)", told)[1])
@@ -1243,7 +1409,7 @@ def test_evaluate_prints_the_metrics(finished_run, capsys):
     words = ["--evaluate", str(finished_run / "checkpoint.pt"), "--seed", "5", "--eval-prompts", "8"]
     dpo.main(dpo.parse_args(words))
     told = capsys.readouterr().out
-    assert "over 8 prompts" in told and f"true_reward {curves['eval/true_reward'][6]:.3f}" not in told
+    assert "true_reward" in told and f"true_reward {curves['eval/true_reward'][6]:.3f}" not in told
     assert sorted(finished_run.iterdir()) == files
 
 
@@ -1254,8 +1420,8 @@ def test_evaluate_prints_the_metrics(finished_run, capsys):
 def peer(tmp_path_factory) -> Path:
     """A model of transformers with random weights, and a tokenizer with a chat template."""
     torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("peer"), dpo.make_tokenizer()
-    config = transformers.Qwen2Config(**SHAPE | {"vocab_size": len(dpo.VOCABULARY), "initializer_range": 0.1})
+    folder, tokenizer = tmp_path_factory.mktemp("peer"), dpo.make_tokenizer(dpo.Reviews.vocabulary)
+    config = transformers.Qwen2Config(**SHAPE | {"vocab_size": len(tokenizer), "initializer_range": 0.1})
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -1282,7 +1448,7 @@ def test_dataset_of_conversations(peer, tmp_path):
     assert curves["eval/loss"][8] < 0.6 < curves["eval/loss"][0]
     assert curves["eval/rewards/accuracies"][8] == 1
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    held_out = [f"({i})=" for i in range(60) if dpo.is_held_out(f"({i})=")]
+    held_out = [f"({i})=" for i in range(60) if dpo.is_held_out(json.dumps([user(f"{i}")]))]
     assert [x["prompt"] for x in samples] == held_out[:4] * 2 and "reward" not in samples[0]
     exported = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
     assert isinstance(exported, transformers.Qwen2ForCausalLM)
@@ -1300,20 +1466,96 @@ def test_dataset_with_labels(peer, tmp_path):
 
 def test_reviews_by_a_model_with_a_chat_template(peer, saved_model, tmp_path):
     """The pairs are conversations; prompts of the evaluation are not among those that are trained on."""
-    folder = tmp_path / "model"
-    tokenizer = dpo.make_tokenizer()
-    tokenizer.chat_template = (  # of a question, what stands behind the colon
+    folder, model = tmp_path / "model", dpo.read_model(saved_model)
+    model.tokenizer.chat_template = (  # of a question, what stands behind the colon
         "{% for m in messages %}{% if m['role'] == 'user' %}<bos>{{ m['content'].split(': ')[-1] }}"
         "{% else %}{{ m['content'] }}<eos>{% endif %}{% endfor %}"
     )
-    dpo.Transformer.from_pretrained(saved_model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    args, task, model, tokenizer, eos = load_parts(str(folder), runs=str(tmp_path))
-    rows = dpo.sample_pairs(model, tokenizer, task, eos, args)
+    model.save_pretrained(folder)
+    args, task, model = load_parts(str(folder), runs=str(tmp_path))
+    rows = dpo.sample_pairs(model, task, args)
     assert rows[0]["prompt"][0]["role"] == "user" and rows[0]["chosen"][0]["role"] == "assistant"
-    data, held_out = dpo.read_data(model, tokenizer, task, eos, args, tmp_path)
-    trained = {tuple(prompt) for prompt in data.prompts}
-    assert held_out.prompts and not trained & {tuple(prompt) for prompt in held_out.prompts}
+    data, held_out = dpo.load_preferences(model, task, args, Workplace(tmp_path))
+    asked = dpo.sample_held_out(model, task, held_out, args, 0).sequences
+    trained = {tuple(x.prompt) for x in data.sequences}
+    assert len(asked) == 32 and not trained & {tuple(x.prompt) for x in asked}
+
+
+OWN = f"{__name__}:Lengths"
+
+
+def test_own_task_and_reward(tmp_path):
+    """A task of the user's file is warmed up and learned; its name, and no name in a file, is imported."""
+    words = [*flags(**TINY | {"num_pairs": 300}, runs=tmp_path), "--task", OWN]
+    words += ["--reward", f"{__name__}:begins_right=0.5"]
+    run = dpo.main(dpo.parse_args(words))
+    assert run.name.startswith("lengths__dpo_llm__1__")
+    rows = [json.loads(line) for line in (run / "pairs.jsonl").read_text().splitlines()]
+    texts = [row[name] for row in rows for name in ("chosen", "rejected")]
+    assert len({*texts}) > 5 and all(re.fullmatch("[0-9=]*", text) for text in texts)
+    named = f"confirm them with --task {OWN} --reward {__name__}:begins_right=0.5"
+    for flag in ("--resume", "--evaluate"):
+        assert named in refusal(dpo.parse_args, [flag, str(run)])
+    assert "cannot change reward" in refusal(
+        dpo.parse_args, ["--resume", str(run), *words[-4:-1], "length=2"]
+    )
+    dpo.main(dpo.parse_args(["--resume", str(run), *words[-4:], "--max-steps", "7"]))
+    assert dpo.load_checkpoint(run)["step"] == 7
+
+
+def test_nothing_that_a_run_names_is_imported(finished_run, tmp_path, monkeypatch):
+    run = tmp_path / "received"
+    shutil.copytree(finished_run, run)
+    (run / "payload.py").write_text("open('executed', 'w')\nclass Task: pass\n")
+    monkeypatch.chdir(run)
+    saved = json.loads((run / "args.json").read_text())
+    for changes in ({"task": "payload:Task"}, {"reward": ["payload:Task"]}):
+        (run / "args.json").write_text(json.dumps(saved | changes))
+        for flag in ("--resume", "--evaluate"):
+            assert "confirm" in refusal(lambda flag=flag: dpo.main(dpo.parse_args([flag, str(run)])))
+    # With a harmless args.json and another name in the checkpoint.
+    (run / "args.json").write_text(json.dumps(saved))
+    state = dpo.load_checkpoint(run)
+    dpo.save_checkpoint(run / "checkpoint.pt", state | {"args": state["args"] | {"task": "payload:Task"}})
+    for flag in ("--resume", "--evaluate"):
+        assert "cannot change" in refusal(lambda flag=flag: dpo.main(dpo.parse_args([flag, str(run)])))
+    assert not (run / "executed").exists()
+
+
+def test_a_resumed_run_has_a_copy_of_its_model(peer, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(peer, model)
+    data = write_rows(tmp_path / "sums.jsonl", chats(60))
+    settings = {"model": str(model), "dataset": data, "max_completion_length": 5, "eval_prompts": 4}
+    run = train(tmp_path / "runs", max_steps=1, **settings)
+    shutil.rmtree(model)
+    resume(run, "--max-steps", "2")
+    assert dpo.load_checkpoint(run)["step"] == 2
+    dpo.main(dpo.parse_args(["--evaluate", str(run)]))
+    Path(data).rename(tmp_path / "moved.jsonl")
+    assert "Cannot read the dataset" in refusal(resume, run, "--max-steps", "3")
+
+
+def test_broken_lines_of_samples_are_left_out(finished_run, tmp_path):
+    """And those of steps that are taken again."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    file = run / "samples.jsonl"
+    lines = file.read_text()
+    file.write_text(lines + '{"step": 6, "prom\n5\n{"step": "a"}\n{"step": 8}\n{"step": 8, "a": "b"}\n{"st')
+    resume(run, "--max-steps", "8")
+    text = file.read_text()
+    assert (
+        text.startswith(lines) and [json.loads(x)["step"] for x in text[len(lines) :].splitlines()] == [8] * 8
+    )
+
+
+@pytest.mark.parametrize("content", ["[5]", "{", '{"eos_token_id": "x", "a": }'])
+def test_malformed_files_of_a_model_are_named(content, saved_model, tmp_path):
+    shutil.copytree(saved_model, tmp_path / "model")
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / "model" / name).write_text(content)
+        assert "Cannot read a model from" in refusal(dpo.read_model, tmp_path / "model")
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -1344,13 +1586,15 @@ def test_two_processes_take_the_step_of_one(saved_model, tmp_path):
 
 
 def test_model_that_writes_no_reviews_is_named(tmp_path):
-    assert "no two reviews of which one is better" in refusal(train, tmp_path, sft_steps=0)
+    assert "no two completions of Reviews of which one is better" in refusal(train, tmp_path, sft_steps=0)
 
 
 def test_prompts_that_leave_no_room_are_named(peer, tmp_path):
     data = write_rows(tmp_path / "sums.jsonl", chats(60))
     settings = {"model": str(peer), "dataset": data, "max_completion_length": 126}
-    assert "leave room for a completion" in refusal(train, tmp_path / "runs", **settings)
+    assert "held-out prompts leave room; lower --max-completion-length" in refusal(
+        train, tmp_path / "runs", **settings
+    )
 
 
 def test_batch_must_be_divisible_by_the_processes(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -100,9 +101,10 @@ def play_both(
     env_id, num_games, steps, *, max_frames=108_000, sticky=0.0, first_seed=7, noop=False
 ) -> Counter:
     """Asserts that `Games` and `PlainGame` are the same throughout; how often things have happened."""
-    games = ppo.Games(env_id, num_games, 1, sticky)
+    games = ppo.Games(env_id, num_games, sticky)
     seeds = first_seed + np.arange(num_games)
-    observations, happened, finished = games.reset(seeds), Counter(), []
+    games.reset(seeds)
+    observations, happened, finished = games.observations, Counter(), []
     plain = [PlainGame(env_id, seed, max_frames, sticky) for seed in seeds.tolist()]
     for i, game in enumerate(plain):
         assert np.array_equal(observations[i], game.begin(games.frames[i]))
@@ -110,7 +112,8 @@ def play_both(
     assert games.num_actions == len(plain[0].buttons)
     for chosen in np.random.default_rng(0).integers(0, games.num_actions, (steps, num_games)) * (not noop):
         assert games.must_fire.tolist() == [game.must_fire for game in plain]
-        observations, rewards, terminated, truncated, final_observations = games.step(chosen)
+        rewards, terminated, truncated, final_observations = games.step(chosen)
+        observations = games.observations
         for i, game in enumerate(plain):
             happened["forced"] += game.must_fire and game.buttons[chosen[i]] != FIRE
             score, lost, over, at_limit = game.step(chosen[i])
@@ -182,7 +185,7 @@ def test_games_agree_with_the_wrappers_of_gymnasium(env_id):
     they show without its last frames.
     """
     pytest.importorskip("cv2")
-    games = ppo.Games(env_id, 1, 1, 0.0)
+    games = ppo.Games(env_id, 1)
     games.reset(np.array([5]))
     env = gym.make(env_id, frameskip=1, repeat_action_probability=0.0)
     env = gym.wrappers.AtariPreprocessing(env, noop_max=0)
@@ -198,7 +201,7 @@ def test_games_agree_with_the_wrappers_of_gymnasium(env_id):
     for t in range(200):
         action = generator.integers(games.num_actions)
         forced = games.fire if games.must_fire[0] else action
-        observation, reward, terminated, truncated, _ = games.step(np.array([action]))
+        reward, terminated, truncated, _ = games.step(np.array([action]))
         expected, score, over, cut, info = env.step(forced)
         assert (reward[0], terminated[0], truncated[0]) == (
             np.sign(score),
@@ -209,22 +212,27 @@ def test_games_agree_with_the_wrappers_of_gymnasium(env_id):
         if over:
             break
         if t >= 3:
-            assert np.array_equal(observation[0], expected)
+            assert np.array_equal(games.observations[0], expected)
             compared += 1
     games.close()
     assert compared > 100
 
 
-def test_seeds_decide_the_games_and_threads_do_not():
+def test_seeds_decide_the_games_and_threads_do_not(monkeypatch):
     """Of a seed the engine has 31 bits."""
-    ends = []
+    ends, made, make_vec = [], [], gym.make_vec
+    monkeypatch.setattr(
+        gym, "make_vec", lambda *names, **options: made.append(options) or make_vec(*names, **options)
+    )
     for threads, seed in ((1, 3), (2, 3), (1, 11)):
-        games = ppo.Games(BREAKOUT, 3, threads, 0.0)
-        frames = games.reset(seed + np.arange(3))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        games = ppo.Games(BREAKOUT, 3)
+        assert made[-1]["num_threads"] == threads
+        games.reset(seed + np.arange(3))
         begun = games.frames.tolist()
         for action in np.random.default_rng(0).integers(0, 4, (10, 3)):
-            frames, *_ = games.step(action)
-        ends.append((begun, frames.tobytes()))
+            games.step(action)
+        ends.append((begun, games.observations.tobytes()))
     assert ends[0] == ends[1] and ends[0] != ends[2] and len({*ends[0][0]}) > 1
     begun = []
     for seeds in ([3, 4, 2**32 - 1], [2**31 + 3, 2**31 + 4, 2**31 - 1]):
@@ -237,7 +245,7 @@ def test_seeds_decide_the_games_and_threads_do_not():
 def test_games_start_with_fewer_than_30_frames(env_id, fire, monkeypatch):
     """No-ops, and FIRE instead of one where there is such a button; with a limit of one step per game."""
     monkeypatch.setattr(ppo, "MAX_FRAMES", 4)
-    games, begun = ppo.Games(env_id, 1, 1, 0.0), set()
+    games, begun = ppo.Games(env_id, 1), set()
     games.reset(np.array([0]))
     for _ in range(250):
         games.step(np.array([0]))
@@ -247,7 +255,7 @@ def test_games_start_with_fewer_than_30_frames(env_id, fire, monkeypatch):
 
 
 def test_reset_forgets_the_games_before():
-    games, still = ppo.Games(BREAKOUT, 2, 1, 0.0), np.zeros(2, int)
+    games, still = ppo.Games(BREAKOUT, 2), np.zeros(2, int)
     seeds, returns = np.array([0, 1]), []
     for _ in range(2):
         games.reset(seeds)
@@ -456,7 +464,7 @@ def test_gae_is_that_of_stable_baselines():
     np.testing.assert_allclose(returns, buffer.returns, rtol=1e-4, atol=1e-5)
 
 
-def make_minibatch(agent: ppo.Agent, size: int = 24) -> list[torch.Tensor]:
+def make_minibatch(agent: ppo.Agent, size: int = 24) -> ppo.Batch:
     """What is given to the update; the old policy lies beside that of the agent, 5 transitions are masked."""
     observations = pictures(size)
     policy = Categorical(logits=agent(observations)[0].detach())
@@ -465,14 +473,19 @@ def make_minibatch(agent: ppo.Agent, size: int = 24) -> list[torch.Tensor]:
     advantages, returns = torch.randn(2, size) * 2 + 0.5
     weights = (torch.arange(size) % 5 > 0).float()
     last = observations.movedim(1, -1).contiguous()
-    return [last, actions, old_log_probs, advantages, returns, weights / weights.sum()]
+    return ppo.Batch(last, actions, old_log_probs, advantages, returns, weights / weights.sum())
+
+
+def coefficients(args: ppo.Args) -> dict[str, torch.Tensor]:
+    values = {"clip": args.clip_coef, "value": args.vf_coef, "entropy": args.ent_coef}
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def update_args(**changes) -> ppo.Args:
     return ppo.Args(**{"compile": False, "bfloat16": False, "ent_coef": 0.05, "vf_coef": 0.7} | changes)
 
 
-def reference_step(agent: ppo.Agent, optimizer, args: ppo.Args, minibatch: list[torch.Tensor]) -> list[float]:
+def reference_step(agent: ppo.Agent, optimizer, args: ppo.Args, minibatch: ppo.Batch) -> list[float]:
     """One step of PPO on the transitions that are not masked, with torch.distributions and torch.optim."""
     kept = minibatch[-1] > 0
     observations, actions, old_log_probs, advantages, returns = (x[kept] for x in minibatch[:-1])
@@ -497,11 +510,14 @@ def test_update_is_the_textbook_step(max_grad_norm):
     args, agent = update_args(max_grad_norm=max_grad_norm), make_agent()
     reference = copy.deepcopy(agent)
     optimizer = ppo.Adam(agent.parameters(), args.learning_rate)
-    update = ppo.make_update(agent, optimizer, args)
+    # The coefficients are those of each call.
+    others = {"clip_coef": 0.5, "ent_coef": 0.5, "vf_coef": 0.1}
+    update = ppo.make_update(agent, optimizer, dataclasses.replace(args, **others))
     theirs = torch.optim.Adam(reference.parameters(), args.learning_rate, eps=1e-5)
     for _ in range(3):
         minibatch = make_minibatch(agent)
-        metrics, expected = update(*minibatch), reference_step(reference, theirs, args, minibatch)
+        metrics = update(minibatch, coefficients(args))
+        expected = reference_step(reference, theirs, args, minibatch)
         torch.testing.assert_close(metrics, torch.tensor(expected), rtol=2e-4, atol=1e-5)
         assert not metrics.requires_grad and 0 < expected[4] < 1
         assert (expected[5] > max_grad_norm) == (max_grad_norm == 0.5)  # both sides of the limit are tried
@@ -516,15 +532,15 @@ def test_update_is_the_textbook_step(max_grad_norm):
 def test_masked_transitions_change_nothing():
     agents = [make_agent() for _ in range(2)]
     agents[1].load_state_dict(agents[0].state_dict())
-    minibatch = make_minibatch(agents[0])
-    masked = minibatch[-1] == 0
-    changed = [x.clone() for x in minibatch]
+    minibatch, args = make_minibatch(agents[0]), update_args()
+    masked = minibatch.weights == 0
+    changed = ppo.Batch(*(x.clone() for x in minibatch))
     for x, value in zip(changed, (255, 3, -9.0, 1e3, -1e3)):
         x[masked] = value
     assert masked.sum() == 5 and not torch.equal(minibatch[0], changed[0])
     optimizers = [ppo.Adam(agent.parameters(), 1e-3) for agent in agents]
     metrics = [
-        ppo.make_update(agent, optimizer, update_args())(*given)
+        ppo.make_update(agent, optimizer, args)(given, coefficients(args))
         for agent, optimizer, given in zip(agents, optimizers, (minibatch, changed))
     ]
     assert torch.equal(*metrics)
@@ -533,6 +549,7 @@ def test_masked_transitions_change_nothing():
 
 
 def test_compiled_update_is_the_eager_one(capsys):
+    """Compiled once: learning rate and coefficients are scheduled, as a reader may do in `train`."""
     agents = [make_agent() for _ in range(2)]
     agents[1].load_state_dict(agents[0].state_dict())
     optimizers = [ppo.Adam(agent.parameters(), 1e-3) for agent in agents]
@@ -540,19 +557,21 @@ def test_compiled_update_is_the_eager_one(capsys):
         ppo.make_update(agent, optimizer, update_args(compile=compiled))
         for agent, optimizer, compiled in zip(agents, optimizers, (True, False))
     ]
-    if "does not work here" in capsys.readouterr().out:
-        pytest.skip("no compiler")
-    assert hasattr(updates[0], "_torchdynamo_orig_callable")
     before = agents[0].actor.weight.detach().clone()
-    for step in range(3):
+    for step in range(5):
         minibatch = make_minibatch(agents[1])
+        args = update_args(clip_coef=0.2 / (1 + step), ent_coef=0.05 * step, vf_coef=0.7 - 0.1 * step)
         for optimizer in optimizers:
             optimizer.learning_rate.fill_(1e-3 / (1 + step))
-        compiled, eager = (update(*minibatch) for update in updates)
+        compiled, eager = (update(minibatch, coefficients(args)) for update in updates)
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(agents[0].actor.weight, before, atol=1e-3)
     for p, q in zip(agents[0].parameters(), agents[1].parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+    printed = capsys.readouterr().out
+    if "does not work here" in printed:
+        pytest.skip("no compiler")
+    assert printed.count("Compiling the update") == 1 and "again and again" not in printed
 
 
 # --------------------------------------------------------------------------------------------- rollout
@@ -577,25 +596,27 @@ def gumbel(*shape: int) -> torch.Tensor:
 def test_rollout_is_what_the_games_saw(monkeypatch):
     """Two rollouts of 64 steps; games are cut after 40, and lives lost before."""
     monkeypatch.setattr(ppo, "MAX_FRAMES", 160)
-    T, N, games, seen = 64, 3, ppo.Games(BREAKOUT, 3, 1, 0.0), []
+    T, N, games, seen = 64, 3, ppo.Games(BREAKOUT, 3), []
     step = games.step
 
     def recording_step(actions):
         forced = games.must_fire.copy()
         assert isinstance(actions, np.ndarray) and actions.shape == (N,)
         outcome = step(actions)
-        seen.append([x.copy() for x in (actions, forced, *outcome)])
+        seen.append([x.copy() for x in (actions, forced, games.observations, *outcome)])
         return outcome
 
     monkeypatch.setattr(games, "step", recording_step)
-    policy, latest = scripted_policy(4), games.reset(np.arange(3))
+    policy = scripted_policy(4)
+    games.reset(np.arange(3))
     for _ in range(2):
         seen.clear()
-        before = latest.copy()
+        before = games.observations.copy()
         noise, observations = gumbel(T, N, 4), torch.zeros(T, N, 84, 84, 4, dtype=torch.uint8)
-        latest, transitions = ppo.collect_rollout(games, latest, policy, observations, noise)
+        rollout = ppo.collect_rollout(games, policy, noise, observations)
         played, forced, after, rewards, terminated, truncated, final = map(np.stack, zip(*seen))
-        assert np.array_equal(latest, after[-1])
+        assert rollout.observations is observations
+        transitions = rollout[1:]
         assert all(x.shape == (T, N) for x in transitions)
         expected_types = [torch.int64, *[torch.float32] * 4, *[torch.bool] * 3]
         assert [x.dtype for x in transitions] == expected_types
@@ -625,11 +646,11 @@ class StillGames:
 
     def __init__(self, num_games: int):
         self.must_fire = np.zeros(num_games, bool)
+        self.observations = np.zeros((num_games, 4, 84, 84), np.uint8)
 
     def step(self, actions):
         nothing = np.zeros(len(actions))
-        pictures = np.zeros((len(actions), 4, 84, 84), np.uint8)
-        return pictures, nothing, nothing.astype(bool), nothing.astype(bool), pictures
+        return nothing, nothing.astype(bool), nothing.astype(bool), self.observations
 
 
 def assert_frequencies(actions: np.ndarray, probabilities: np.ndarray) -> None:
@@ -642,38 +663,39 @@ def assert_frequencies(actions: np.ndarray, probabilities: np.ndarray) -> None:
 def test_frequencies_of_actions_follow_the_softmax():
     T, N, probabilities = 600, 4, np.array([0.5, 0.3, 0.15, 0.05])
     logits = torch.from_numpy(np.log(probabilities)).float() + 3
-    latest = np.zeros((N, 4, 84, 84), np.uint8)
     observations = torch.zeros(1, N, 84, 84, 4, dtype=torch.uint8).expand(T, -1, -1, -1, -1)
-    _, transitions = ppo.collect_rollout(
-        StillGames(N), latest, lambda x: (logits.expand(N, 4), torch.zeros(N)), observations, gumbel(T, N, 4)
+    rollout = ppo.collect_rollout(
+        StillGames(N), lambda x: (logits.expand(N, 4), torch.zeros(N)), gumbel(T, N, 4), observations
     )
-    assert_frequencies(transitions[0].numpy(), probabilities)
-    torch.testing.assert_close(transitions[1].exp(), torch.from_numpy(probabilities).float()[transitions[0]])
+    assert_frequencies(rollout.actions.numpy(), probabilities)
+    torch.testing.assert_close(
+        rollout.log_probs.exp(), torch.from_numpy(probabilities).float()[rollout.actions]
+    )
 
 
 # ------------------------------------------------------------------------------------------- evaluation
 
 
 def record_steps(monkeypatch) -> list:
-    """Each `Games` from here on, with the seeds and actions it was given."""
-    made = []
+    """All games from here on, of trainings and evaluations, with the seeds and actions they were given."""
+    made, init, step, reset = [], ppo.Games.__init__, ppo.Games.step, ppo.Games.reset
 
-    class Recorded(ppo.Games):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.given, self.seeds = [], []
-            made.append(self)
+    def recorded_init(self, *arguments):
+        init(self, *arguments)
+        self.given, self.starts = [], []
+        made.append(self)
 
-        def step(self, actions):
-            self.given.append(actions.copy())
-            return super().step(actions)
+    def recorded_step(self, actions):
+        self.given.append(actions.copy())
+        return step(self, actions)
 
-        def reset(self, seeds):
-            observations = super().reset(seeds)
-            self.seeds, self.begun = [*self.seeds, seeds.tolist()], self.frames.copy()
-            return observations
+    def recorded_reset(self, seeds):
+        reset(self, seeds)
+        self.starts, self.begun = [*self.starts, seeds.tolist()], self.frames.copy()
 
-    monkeypatch.setattr(ppo, "Games", Recorded)
+    monkeypatch.setattr(ppo.Games, "__init__", recorded_init)
+    monkeypatch.setattr(ppo.Games, "step", recorded_step)
+    monkeypatch.setattr(ppo.Games, "reset", recorded_reset)
     return made
 
 
@@ -687,7 +709,7 @@ def test_evaluation_is_whole_games_of_the_policy(monkeypatch):
     before, generator = copy.deepcopy(agent.state_dict()), torch.get_rng_state()
     scores = ppo.evaluate(agent, BREAKOUT, episodes=3, seed=4)
     actions, lengths = np.array(made[0].given), []
-    assert made[0].seeds == [[4, 5, 6]] and scores.shape == (3,)
+    assert made[0].starts == [[4, 5, 6]] and scores.shape == (3,)
     for i in range(3):
         game, over, t = PlainGame(BREAKOUT, 4 + i), False, 0
         game.begin(made[0].begun[i])
@@ -711,12 +733,12 @@ def test_evaluation_counts_the_first_game_at_each_place(monkeypatch):
     """One place is through with three games before the other is with its first."""
 
     class Scripted(StillGames):
-        def __init__(self, env_id, num_games, num_threads, sticky):
+        def __init__(self, env_id, num_games, sticky):
             super().__init__(num_games)
             self.steps, self.finished = 0, []
 
         def reset(self, seeds):
-            return np.zeros((len(seeds), 4, 84, 84), np.uint8)
+            assert seeds.tolist() == [0, 1]
 
         def step(self, actions):
             self.steps += 1
@@ -750,15 +772,17 @@ def test_video_is_of_a_whole_game(tmp_path, monkeypatch):
     agent, generator = ppo.Agent(4), torch.get_rng_state()
     with torch.no_grad():
         agent.actor.bias[0] = 100
-    path = ppo.record_game(agent, BREAKOUT, 1, 0.0, tmp_path / "videos", "some")
-    assert path.read_bytes()[4:8] == b"ftyp" and [*path.parent.glob("*.mp4")] == [path]
+    ppo.evaluate(agent, BREAKOUT, 1, 1, tmp_path / "videos", "some")
+    (path,) = (tmp_path / "videos").iterdir()
+    assert path.name == "some-episode-0.mp4" and path.read_bytes()[4:8] == b"ftyp"
     film = cv2.VideoCapture(str(path))
     assert 450 < film.get(cv2.CAP_PROP_FRAME_COUNT) < 700
     picture = film.read()[1].astype(int)
     assert picture.shape[:2] == (210, 160) and np.ptp(picture, axis=-1).max() > 50  # in colour
     assert torch.equal(torch.get_rng_state(), generator)
     monkeypatch.setattr(ppo, "MAX_VIDEO_STEPS", 20)
-    film = cv2.VideoCapture(str(ppo.record_game(agent, MS_PACMAN, 1, 0.0, tmp_path / "short", "other")))
+    ppo.record_game(agent, MS_PACMAN, 1, 0.0, tmp_path / "short", "other")
+    film = cv2.VideoCapture(str(tmp_path / "short" / "other-episode-0.mp4"))
     assert 80 < film.get(cv2.CAP_PROP_FRAME_COUNT) <= 80 + 31
 
 
@@ -766,7 +790,7 @@ def test_video_is_of_a_whole_game(tmp_path, monkeypatch):
 
 
 class Recorder:
-    """In the place of `make_update`: keeps what each call is given, moves nothing, returns chosen metrics."""
+    """In the place of `make_update`: keeps each minibatch, moves nothing, returns chosen metrics."""
 
     def __init__(self, monkeypatch, metrics=lambda call: {}):
         self.calls, self.learning_rates, self.metrics = [], [], metrics
@@ -775,8 +799,11 @@ class Recorder:
     def make_update(self, agent, optimizer, args):
         assert [*map(id, optimizer.parameters)] == [*map(id, agent.parameters())]
 
-        def update(*inputs):
-            self.calls.append([x.clone() for x in inputs])
+        def update(minibatch, coefficients):
+            assert {name: x.item() for name, x in coefficients.items()} == pytest.approx(
+                {"clip": args.clip_coef, "value": args.vf_coef, "entropy": args.ent_coef}
+            )
+            self.calls.append([x.clone() for x in minibatch])
             self.learning_rates.append(optimizer.learning_rate.item())
             chosen = self.metrics(len(self.calls) - 1)
             return torch.tensor([float(chosen.get(name, 0)) for name in ppo.METRICS])
@@ -786,6 +813,7 @@ class Recorder:
 
 TINY = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "compile": False}
 TINY |= {"total_timesteps": 256, "checkpoint_interval": 64, "eval_interval": 0, "eval_episodes": 1}
+EXACT = {"checkpoint_barrier": True, "eval_interval": 128}
 
 
 def train(folder: Path, **changes) -> Path:
@@ -796,16 +824,15 @@ def resume(run: Path, *words: str) -> None:
     ppo.main(ppo.parse_args(["--resume", str(run), *words]))
 
 
-def spy_on_rollouts(monkeypatch, change=lambda transitions: transitions) -> list:
-    """Keeps what `collect_rollout` is given and returns, the noise too; `change` alters it before use."""
+def spy_on_rollouts(monkeypatch, **changes: torch.Tensor) -> list:
+    """Keeps what each rollout begins with, its noise and what it returns; `changes` alter it before use."""
     collect_rollout, seen = ppo.collect_rollout, []
 
-    def spy(games, latest, policy, observations, noise):
-        begun = latest.copy()
-        after, transitions = collect_rollout(games, latest, policy, observations, noise)
-        transitions = change(transitions)
-        seen.append((begun, observations.clone(), noise.clone(), *(x.clone() for x in transitions)))
-        return after, transitions
+    def spy(games, policy, noise, observations):
+        begun = games.observations.copy()
+        rollout = collect_rollout(games, policy, noise, observations)._replace(**changes)
+        seen.append((begun, noise.clone(), ppo.Rollout(*(x.clone() for x in rollout))))
+        return rollout
 
     monkeypatch.setattr(ppo, "collect_rollout", spy)
     return seen
@@ -820,7 +847,7 @@ def test_update_is_given_what_the_definitions_say(norm_adv, anneal_lr, tmp_path,
     monkeypatch.setattr(ppo, "MAX_FRAMES", 160)
     recorder = Recorder(monkeypatch)
     numbers = torch.arange(96.0).view(48, 2)
-    seen = spy_on_rollouts(monkeypatch, lambda transitions: (transitions[0], numbers, *transitions[2:]))
+    seen = spy_on_rollouts(monkeypatch, log_probs=numbers)
     settings = {
         "num_steps": 48,
         "num_minibatches": 4,
@@ -831,7 +858,7 @@ def test_update_is_given_what_the_definitions_say(norm_adv, anneal_lr, tmp_path,
     run = train(tmp_path, norm_adv=norm_adv, anneal_lr=anneal_lr, learning_rate=1e-3, **settings)
     curves, masked = read_curves(run), 0
     assert len(seen) == 2 and len(recorder.calls) == 16
-    for iteration, (_, observations, _, actions, _, *rest) in enumerate(seen):
+    for iteration, (*_, (observations, actions, _, *rest)) in enumerate(seen):
         values, next_values, rewards, terminated, done, valid = (x.numpy() for x in rest)
         assert (done & ~terminated).any()
         advantages = plain_gae(rewards, values, next_values, terminated, done, 0.9, 0.8)
@@ -865,19 +892,19 @@ def test_noise_of_the_training_is_gumbel_and_the_games_go_on(tmp_path, monkeypat
     Recorder(monkeypatch)
     seen, made = spy_on_rollouts(monkeypatch), record_steps(monkeypatch)
     run = train(tmp_path, num_steps=100, total_timesteps=600)
-    noise = torch.stack([x[2] for x in seen]).numpy()
+    noise = torch.stack([noise for _, noise, _ in seen]).numpy()
     assert kstest(noise.flatten(), "gumbel_r").pvalue > 1e-3 and len(np.unique(noise)) > 0.99 * noise.size
     # Each iteration goes on from where the one before has ended.
-    games = ppo.Games(BREAKOUT, 2, 1, 0.0)
-    observations = games.reset(np.array(made[0].seeds[0]))
-    for begun, shown, _, actions, *_ in seen:
-        assert np.array_equal(begun, observations)
+    games = ppo.Games(BREAKOUT, 2)
+    games.reset(np.array(made[0].starts[0]))
+    for begun, _, rollout in seen:
+        assert np.array_equal(begun, games.observations)
         for t in range(100):
-            assert np.array_equal(shown[t].permute(0, 3, 1, 2), observations)
-            observations, *_ = games.step(actions[t].numpy())
+            assert np.array_equal(rollout.observations[t].permute(0, 3, 1, 2), games.observations)
+            games.step(rollout.actions[t].numpy())
     # Scores and lengths of whole games, as they are counted by hand above.
     expected = [(score, length) for _, score, length in games.finished]
-    assert len(expected) >= 2 and ppo.load_checkpoint(run)["finished"] == expected
+    assert len(expected) >= 2 and ppo.load_checkpoint(run)["games"]["last_games"] == expected
     curves = read_curves(run)
     assert curves["charts/episodic_return"][600] == pytest.approx(np.mean([x[0] for x in expected]))
     assert curves["charts/episodic_length"][600] == pytest.approx(np.mean([x[1] for x in expected]))
@@ -923,12 +950,12 @@ ppo.MAX_FRAMES = 80  # so that games end within the run
 train, make_update, agents = ppo.train, ppo.make_update, []
 
 
-def checked_train(args, run, device, num_threads):
+def checked_train(args, run):
     x, valid = (part.chunk(2)[ppo.rank()] for part in torch.load("inputs.pt"))
     count = ppo.sum_over_ranks(valid.sum())
     found = {"count": count, "normal": ppo.normalize(x, valid, count), "sum": ppo.sum_over_ranks(x.clone())}
-    train(args, run, device, num_threads)
-    torch.save(found | {"run": str(run), "agent": agents[0].state_dict()}, f"rank{ppo.rank()}.pt")
+    train(args, run)
+    torch.save(found | {"run": str(run.path), "agent": agents[0].state_dict()}, f"rank{ppo.rank()}.pt")
 
 
 def spy(agent, optimizer, args):
@@ -941,21 +968,27 @@ assert ppo.main(ppo.parse_args()).is_dir() and not dist.is_initialized()
 """
 
 
+def launch(script: Path, **settings) -> subprocess.Popen:
+    """The script in two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = os.environ | {"PYTHONPATH": str(Path(ppo.__file__).parent), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(
+        [*torchrun, str(script), *flags(**TINY | settings)], cwd=script.parent, env=variables, **pipes
+    )
+
+
 def test_two_processes_are_one_with_all_games(tmp_path, monkeypatch):
     """One update, in which games have ended and steps are masked, in different numbers on both sides."""
     settings = {"num_envs": 4, "num_steps": 32, "num_minibatches": 1, "update_epochs": 1, "bfloat16": False}
-    settings |= {"total_timesteps": 128, "eval_interval": 128, "num_threads": 1, "seed": 2}
+    settings |= {"total_timesteps": 128, "eval_interval": 128, "num_threads": 1, "seed": 3}
     x, valid = torch.randn(60) * 3 + 1, (torch.rand(60) < torch.linspace(0.3, 1, 60)).float()
     torch.save((x, valid), tmp_path / "inputs.pt")
     (tmp_path / "driver.py").write_text(DRIVER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(tmp_path / "driver.py"), *flags(**TINY | settings, runs=tmp_path / "both")]
-    variables = os.environ | {"PYTHONPATH": str(Path(ppo.__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launch + words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Run directory") == done.stdout.count("return") == 1
+    with launch(tmp_path / "driver.py", **settings, runs=tmp_path / "both") as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("Run directory") == output.count("return") == 1
     (run,) = (tmp_path / "both").iterdir()
     assert len([*run.glob("events*")]) == 1
     ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
@@ -970,21 +1003,73 @@ def test_two_processes_are_one_with_all_games(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "MAX_FRAMES", 80)
     seen = spy_on_rollouts(monkeypatch)
     alone = train(tmp_path / "alone", **settings)
-    masked = (~seen[0][-1]).sum(0)
+    masked = (~seen[0][-1].valid).sum(0)
     assert masked[:2].sum() != masked[2:].sum()
     ours, expected = ppo.load_checkpoint(run), ppo.load_checkpoint(alone)
     for name, tensor in expected["agent"].items():
         torch.testing.assert_close(ours["agent"][name], tensor, rtol=0, atol=1e-6)
         assert all(torch.equal(rank["agent"][name], ours["agent"][name]) for rank in ranks)
-    for x, y in zip(ours["optimizer"], expected["optimizer"], strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6 * max(1, y.abs().max().item()))
-    assert sorted(ours["finished"]) == sorted(expected["finished"]) and len(ours["finished"]) >= 4
-    assert ours["iteration"] == expected["iteration"] == 1
+    assert ours["optimizer"].keys() == expected["optimizer"].keys()
+    for name in expected["optimizer"]:
+        for x, y in zip(ours["optimizer"][name], expected["optimizer"][name], strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6 * max(1, y.abs().max().item()))
+    finished = [sorted(state["games"]["last_games"]) for state in (ours, expected)]
+    assert finished[0] == finished[1] and len(finished[0]) >= 4
+    assert ours["step"] == expected["step"] == 128
     curves = [read_curves(x) for x in (run, alone)]
     for tag, curve in curves[1].items():
         if tag != "losses/explained_variance":  # that of the first process
             assert curves[0][tag] == pytest.approx(curve, rel=1e-3, abs=1e-5), tag
     assert curves[0].keys() == curves[1].keys()
+
+
+STOPPED_DRIVER = """
+import os
+import signal
+
+import torch.distributed as dist
+
+import ppo_atari as ppo
+
+dist.init_process_group("gloo")  # one group for all three runs
+dist.init_process_group = dist.destroy_process_group = lambda *names, **options: None
+args, collect_rollout, left = ppo.parse_args(), ppo.collect_rollout, None
+
+
+def signalled(*inputs):
+    global left
+    left = left and left - 1
+    if left == 0 and ppo.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return collect_rollout(*inputs)
+
+
+ppo.collect_rollout = signalled
+for name, left in (("whole", None), ("stopped", 4), ("stopped", None)):
+    args.run_name = name
+    try:
+        ppo.main(args)
+    except SystemExit as error:
+        assert name == "stopped" and left == 0
+        print(f"rank {ppo.rank()}: {error}", file=open(f"rank{ppo.rank()}.txt", "w"))
+    dist.barrier()
+"""
+
+
+def test_processes_agree_on_a_stop_and_go_on_exactly(tmp_path):
+    """SIGTERM reaches one of two in its fourth iteration of eight, one after a barrier."""
+    (tmp_path / "driver.py").write_text(STOPPED_DRIVER)
+    settings = {"num_envs": 4, "num_steps": 8, "num_threads": 1, "checkpoint_interval": 96}
+    settings |= {"checkpoint_barrier": True, "update_epochs": 1, "runs": tmp_path}
+    with launch(tmp_path / "driver.py", **settings) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    program = f"torchrun ... ppo_atari.py --resume {tmp_path / 'stopped'}"
+    expected = [f"rank 0: Interrupted at step 128; go on with: {program}\n", "rank 1: 0\n"]
+    assert [(tmp_path / f"rank{i}.txt").read_text() for i in range(2)] == expected
+    assert "Replaying 32 steps" in output and "differ" not in output
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert ppo.load_checkpoint(tmp_path / "whole")["games"]["actions"].shape == (16, 4)
 
 
 @pytest.mark.parametrize(
@@ -1000,19 +1085,16 @@ def test_processes_that_do_not_divide_the_games(processes, num_envs, num_minibat
 # ------------------------------------------------------------------------------------------- short runs
 
 
-EXACT = {"checkpoint_barrier": True, "eval_interval": 128}
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
     """A run that nobody changes."""
     return train(tmp_path_factory.mktemp("runs"), **EXACT)
 
 
-def assert_same_run(run: Path, reference: Path, *, files: tuple[str, ...] = ("checkpoint.pt",)) -> None:
+def assert_same_run(run: Path, reference: Path, *, files=("checkpoint.pt",), ignore=()) -> None:
     for name in files:
         states = [ppo.load_checkpoint(x / name) for x in (run, reference)]
-        assert checkpoint_difference(*states) is None
+        assert checkpoint_difference(*states, ignore=ignore) is None
     assert read_curves(run) == read_curves(reference)
 
 
@@ -1035,6 +1117,7 @@ def test_what_is_logged(finished_run):
     assert {path.name for path in finished_run.iterdir() if "events" not in path.name} == {
         "args.json",
         "checkpoint.pt",
+        "checkpoint.previous.pt",
         "best.pt",
     }
 
@@ -1044,22 +1127,71 @@ def test_killed_run_equals_an_uninterrupted_one(finished_run, tmp_path, capsys):
     process = start(SCRIPT, *flags(**TINY | EXACT, runs=tmp_path / "killed"), cwd=tmp_path)
     kill_when(process, nth_evaluation(1), delay=0.05)
     (run,) = (tmp_path / "killed").iterdir()
-    assert ppo.load_checkpoint(run)["iteration"] in (2, 4)
+    assert ppo.load_checkpoint(run)["step"] in (64, 128)
     resume(run)
     printed = capsys.readouterr().out
-    assert re.search(r"Resumed at step (64|128)\n", printed) and "start anew" not in printed
+    assert re.search(r"Resumed at step (64|128)\n", printed) and "anew" not in printed
     assert_same_run(run, finished_run, files=("checkpoint.pt", "best.pt"))
 
 
-def interrupt(monkeypatch, after: int, error=KeyboardInterrupt):
+def interrupt(monkeypatch, after: int, with_signal: int | None = None) -> None:
+    """Ctrl-C twice in the iteration after so many, or one signal."""
     collect_rollout, left = ppo.collect_rollout, iter(range(after))
 
     def interrupted(*arguments):
         if next(left, None) is None:
-            raise error
+            if not with_signal:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), with_signal)
         return collect_rollout(*arguments)
 
     monkeypatch.setattr(ppo, "collect_rollout", interrupted)
+
+
+def test_stopped_run_goes_on_by_the_same_command(finished_run, tmp_path, monkeypatch, capsys):
+    """SIGTERM and Ctrl-C fall between two barriers; the first comes before the first checkpoint."""
+    words = flags(**TINY | EXACT, runs=tmp_path, run_name="mine")
+    for after, number, step in ((0, signal.SIGTERM, 32), (1, signal.SIGINT, 96)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, after, number)
+            message = refusal(ppo.main, ppo.parse_args(words))
+        assert f"Interrupted at step {step}; go on with: python ppo_atari.py --resume" in message
+    ppo.main(ppo.parse_args(words))
+    printed = capsys.readouterr().out
+    assert printed.count("Replaying 32 steps of the games") == 2 and "anew" not in printed
+    assert_same_run(tmp_path / "mine", finished_run, files=("checkpoint.pt", "best.pt"))
+
+
+def test_checkpoints_by_time_are_exact_too(finished_run, tmp_path, monkeypatch, capsys):
+    """Ended at once in its 6th iteration; the fifth is neither at a barrier nor at a multiple of 64 steps."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        message = refusal(train, tmp_path, **EXACT, checkpoint_minutes=1e-9)
+    (run,) = tmp_path.iterdir()
+    assert f"Ended at once; go on with: python ppo_atari.py --resume {run}" in message
+    assert ppo.load_checkpoint(run)["step"] == 160
+    resume(run)
+    assert "Replaying 32 steps of the games" in capsys.readouterr().out
+    assert_same_run(run, finished_run, files=("checkpoint.pt", "best.pt"), ignore=("args",))
+
+
+def test_games_that_come_out_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    """In the checkpoint, an action of a game is another one; the run starts new games and says so."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 0, signal.SIGTERM)
+        refusal(train, tmp_path, checkpoint_barrier=True, checkpoint_interval=1000, num_steps=64)
+    (run,) = tmp_path.iterdir()
+    state = ppo.load_checkpoint(run)
+    actions, made = state["games"]["actions"], record_steps(monkeypatch)
+    assert actions.shape == (64, 2) and actions.dtype == torch.uint8
+    actions[:, 1] = 3 - actions[:, 1]
+    ppo.save_checkpoint(run / "checkpoint.pt", state)
+    resume(run)
+    assert "Replayed games of ALE/Breakout-v5 differ from the saved ones" in capsys.readouterr().out
+    torch.set_rng_state(state["generator"])
+    fresh = torch.randint(ppo.EVALUATION_SEED, (2,))
+    assert made[0].starts[1:] == [state["games"]["seeds"].tolist(), fresh.tolist()]
+    assert torch.equal(ppo.load_checkpoint(run)["games"]["seeds"], fresh)
 
 
 def test_resumed_run_without_a_barrier_has_all_but_the_games(tmp_path, monkeypatch, capsys):
@@ -1071,44 +1203,48 @@ def test_resumed_run_without_a_barrier_has_all_but_the_games(tmp_path, monkeypat
     (run,) = tmp_path.iterdir()
     assert f"python ppo_atari.py --resume {run}" in message
     before = ppo.load_checkpoint(run)
-    assert before["iteration"] == 6 and len(before["finished"]) == 6
+    assert before["step"] == 192 and len(before["games"]["last_games"]) == 6
+    assert before["games"]["actions"].shape == (0, 2)
     made, make_update = [], ppo.make_update
 
     def spy(agent, optimizer, args):
-        state = {"agent": agent.state_dict(), "optimizer": optimizer.state()}
+        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         made.append(copy.deepcopy(state) | {"generator": torch.get_rng_state()})
         return make_update(agent, optimizer, args)
 
     monkeypatch.setattr(ppo, "make_update", spy)
     seen, games = spy_on_rollouts(monkeypatch), record_steps(monkeypatch)
     resume(run)
-    assert "Resumed at step 192; the games start anew" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Resumed at step 192\n" in printed and "The games start anew, since ale-py cannot" in printed
+    torch.set_rng_state(before["generator"])
+    fresh = torch.randint(ppo.EVALUATION_SEED, (2,)).tolist()
+    before["generator"] = torch.get_rng_state()
     assert (
         checkpoint_difference(*({**x, "args": {}} for x in (made[0], {k: before[k] for k in made[0]})))
         is None
     )
     assert not seen[0][0][:, :3].any()  # what was seen before a start is black
     after = ppo.load_checkpoint(run)
-    assert after["iteration"] == 8 and after["elapsed"] > before["elapsed"] > 0
-    assert after["finished"][:6] == before["finished"] and len(after["finished"]) > 6
+    assert after["step"] == 256 and after["elapsed"] > before["elapsed"] > 0
+    last_games = [state["games"]["last_games"] for state in (before, after)]
+    assert last_games[1][:6] == last_games[0] and len(last_games[1]) > 6
     assert list(read_curves(run)["losses/value_loss"]) == list(range(32, 257, 32))
     # Nor do they start where those of the first iteration have.
-    (first,) = games[0].seeds
-    train(tmp_path / "other", total_timesteps=32)
-    assert not {*first} & {*games[1].seeds[0]}
+    first, again = games[0].starts
+    assert again == fresh and not {*first} & {*again}
 
 
 def test_no_two_starts_have_one_seed(tmp_path, monkeypatch):
-    """After each barrier (none at the end), with each --seed; nor is it one of an evaluation."""
+    """At the beginning and after each of three barriers, with each --seed; nor is it one of an evaluation."""
     Recorder(monkeypatch)
     made = record_steps(monkeypatch)
     for seed in (1, 2):
         settings = {"num_envs": 3, "num_steps": 2, "total_timesteps": 18, "checkpoint_interval": 6}
         train(tmp_path, seed=seed, checkpoint_barrier=True, **settings)
-    assert [len(games.seeds) for games in made] == [3, 3]
-    seeds = [seed for games in made for start in games.seeds for seed in start]
-    assert len({seed % 2**31 for seed in seeds}) == 18
-    assert not {*seeds} & {*range(ppo.EVALUATION_SEED, ppo.EVALUATION_SEED + 100)}
+    assert [len(games.starts) for games in made] == [4, 4]
+    seeds = [seed for games in made for start in games.starts for seed in start]
+    assert len({*seeds}) == 24 and 0 <= min(seeds) and max(seeds) < ppo.EVALUATION_SEED < 2**31
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path, capsys):
@@ -1144,7 +1280,7 @@ def test_evaluate_prints_mean_and_std(file, finished_run, monkeypatch, capsys):
     monkeypatch.setattr(ppo, "MAX_FRAMES", 300)
     ppo.main(ppo.parse_args(["--evaluate", str(finished_run / file), "--eval-episodes", "2", "--seed", "9"]))
     scores = ppo.evaluate(ppo.Agent.load(finished_run / file), BREAKOUT, 2, 9 + ppo.EVALUATION_SEED)
-    expected = f"{BREAKOUT}: {np.mean(scores):.1f} ± {np.std(scores):.1f} over 2 games"
+    expected = f"{BREAKOUT}: {np.mean(scores):.1f} +- {np.std(scores):.1f} over 2 games"
     assert expected in capsys.readouterr().out
 
 
@@ -1191,22 +1327,23 @@ def test_unknown_games_are_named(env_id, hint, tmp_path):
             "num_minibatches = 7 must divide the batch of num_envs x num_steps = 8 x 128",
         ),
         ("--num-envs 4 --num-steps 8 --num-minibatches 32", "lower num_minibatches"),
-        ("--num-envs 0", "num_envs must be at least 1"),
-        ("--total-timesteps -5", "total_timesteps"),
-        ("--checkpoint-interval 0", "checkpoint_interval"),
-        ("--eval-interval -1", "eval_interval must be at least 0"),
-        ("--num-threads -1", "num_threads must be at least 0"),
-        ("--learning-rate nan", "learning_rate must be positive, got nan"),
-        ("--learning-rate inf", "learning_rate must be finite, got inf"),
-        ("--max-grad-norm inf", "max_grad_norm must be finite"),
+        ("--num-envs 0", "num_envs must lie in [1, inf), got 0"),
+        ("--total-timesteps -5", "total_timesteps must lie in [1, inf)"),
+        ("--checkpoint-interval 0", "checkpoint_interval must lie in [1, inf)"),
+        ("--checkpoint-minutes 0", "checkpoint_minutes must lie in (0, inf)"),
+        ("--eval-interval -1", "eval_interval must lie in [0, inf)"),
+        ("--num-threads -1", "num_threads must lie in [0, inf)"),
+        ("--learning-rate nan", "learning_rate must lie in (0, inf), got nan"),
+        ("--learning-rate inf", "learning_rate must lie in (0, inf), got inf"),
+        ("--max-grad-norm inf", "max_grad_norm must lie in (0, inf)"),
         ("--repeat-action-probability 1.5", "repeat_action_probability must lie in [0, 1]"),
         ("--gamma nan", "gamma must lie in [0, 1]"),
-        ("--clip-coef 0", "clip_coef must be positive"),
-        ("--ent-coef nan", "ent_coef must be at least 0"),
-        ("--target-kl 0", "target_kl must be positive"),
+        ("--clip-coef 0", "clip_coef must lie in (0, inf)"),
+        ("--ent-coef nan", "ent_coef must lie in [0, inf)"),
+        ("--target-kl 0", "target_kl must lie in (0, inf)"),
         ("--seed -1", "seed must lie in"),
         ("--seed 4294967296", "seed must lie in"),
-        ("--resume a --evaluate b", "resume and evaluate exclude each other"),
+        ("--resume a --evaluate b", "resume, evaluate and run_name exclude each other"),
         ("--device tpu", "cuda"),
         ("--no-such-flag", "no-such-flag"),
     ],
@@ -1251,16 +1388,16 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     (run,) = tmp_path.iterdir()
     assert "policy_loss is nan at step 96" in message and str(run) in message
     state = ppo.load_checkpoint(run)
-    assert state["iteration"] == 2 and all(tensor.isfinite().all() for tensor in state["agent"].values())
+    assert state["step"] == 64 and all(tensor.isfinite().all() for tensor in state["agent"].values())
 
 
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     save, saved = torch.save, []
 
     def fail(state, file):
-        saved.append(state["iteration"])
+        saved.append(state["step"])
         if len(saved) == 2:
-            Path(file).write_bytes(b"half of it")
+            file.write(b"half of it")
             raise OSError("No space left on device")
         save(state, file)
 
@@ -1268,7 +1405,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     message = refusal(train, tmp_path)
     (run,) = tmp_path.iterdir()
     assert str(run / "checkpoint.pt") in message and "No space left" in message
-    assert saved == [2, 4] and ppo.load_checkpoint(run)["iteration"] == 2
+    assert saved == [64, 128] and ppo.load_checkpoint(run)["step"] == 64
     assert not [*run.glob("*.tmp")]
 
 
@@ -1302,9 +1439,7 @@ def test_missing_and_foreign_runs_are_named(tmp_path):
     assert str(tmp_path / "nowhere") in refusal(ppo.parse_args, ["--resume", str(tmp_path / "nowhere")])
     for content in ("", "[]", "{", '{"hidden_size": 64}', '{"num_envs": 0}'):
         (tmp_path / "args.json").write_text(content)
-        assert "args.json is not there or not of this script" in refusal(
-            ppo.parse_args, ["--resume", str(tmp_path)]
-        )
+        assert str(tmp_path / "args.json") in refusal(ppo.parse_args, ["--resume", str(tmp_path)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -1329,6 +1464,6 @@ def test_it_learns(tmp_path, monkeypatch):
     settings |= {"update_epochs": 4, "learning_rate": 5e-4, "gamma": 0.95, "anneal_lr": False}
     curves = read_curves(train(tmp_path, **settings, total_timesteps=10 * 256))
     explained = [*curves["losses/explained_variance"].values()]
-    rewards = [x[7].mean().item() for x in seen]
+    rewards = [rollout.rewards.mean().item() for *_, rollout in seen]
     assert np.mean(explained[:3]) < 0.1 and np.mean(explained[-3:]) > 0.25
     assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])

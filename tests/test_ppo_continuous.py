@@ -3,8 +3,8 @@
 import json
 import math
 import random
-from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -464,7 +464,7 @@ def test_adam_is_that_of_pytorch():
     assert optimizer.steps.item() == 50
 
 
-def make_minibatches(agent: ppo.Agent, B: int = 64) -> tuple[torch.Tensor, ...]:
+def make_batch_of(agent: ppo.Agent, B: int = 64) -> ppo.Batch:
     """What an iteration gives to the update; the old policy lies beside that of the agent."""
     dtype = agent.log_std.dtype
     observations = torch.randn(B, 3, dtype=dtype)
@@ -473,25 +473,21 @@ def make_minibatches(agent: ppo.Agent, B: int = 64) -> tuple[torch.Tensor, ...]:
     actions = old_means + old_log_std.exp() * torch.randn(B, 2, dtype=dtype)
     old_log_probs = Independent(Normal(old_means, old_log_std.exp()), 1).log_prob(actions)
     advantages, returns = torch.randn(2, B, dtype=dtype) * 3 + 1
-    return (
-        observations,
-        actions,
-        old_means,
-        old_log_std,
-        old_log_probs,
-        advantages,
-        returns,
-        torch.tensor(0.6),
-    )
+    return ppo.Batch(observations, actions, old_means, old_log_std, old_log_probs, advantages, returns)
 
 
 def update_args(**changes) -> ppo.Args:
     return ppo.Args(**{"compile": False, "ent_coef": 0.01, "vf_coef": 0.7} | changes)
 
 
-def reference_step(agent, optimizer, args, indices, batch) -> list[float]:
+def coefficients_of(args: ppo.Args) -> dict[str, torch.Tensor]:
+    numbers = {"clip": args.clip_coef, "value": args.vf_coef, "entropy": args.ent_coef}
+    return {name: torch.tensor(x) for name, x in numbers.items()}
+
+
+def reference_step(agent, optimizer, args, indices, batch, kl_coef) -> list[float]:
     """One step of PPO as a textbook has it, with torch.distributions and torch.optim."""
-    obs, actions, old_means, old_log_std, old_log_probs, advantages, returns, kl_coef = batch
+    obs, actions, old_means, old_log_std, old_log_probs, advantages, returns = batch
     obs, actions, old_means, old_log_probs, advantages, returns = (
         x[indices] for x in (obs, actions, old_means, old_log_probs, advantages, returns)
     )
@@ -527,13 +523,13 @@ def test_update_is_the_textbook_step(surrogate, norm_adv, max_grad_norm):
     # stays in float32: 1 - 0.999^step is off by 1e-4 of itself at most, a step of 3e-4 by 2e-8.
     agent, reference = make_agent().double(), make_agent().double()
     reference.load_state_dict(agent.state_dict())
-    batch = make_minibatches(agent)
+    batch, kl_coef = make_batch_of(agent), torch.tensor(0.6)
     update = ppo.make_update(agent, ppo.Adam(agent.parameters(), args.learning_rate), args)
     optimizer = torch.optim.Adam(reference.parameters(), args.learning_rate, eps=1e-5)
     norms = []
     for indices in torch.randperm(64).view(4, 16):
-        metrics = update(indices, *batch)
-        expected = reference_step(reference, optimizer, args, indices, batch)
+        metrics = update(indices, batch, coefficients_of(args), kl_coef)
+        expected = reference_step(reference, optimizer, args, indices, batch, kl_coef)
         norms.append(expected[-1])
         torch.testing.assert_close(metrics, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
         for p, q in zip(agent.parameters(), reference.parameters()):
@@ -541,81 +537,84 @@ def test_update_is_the_textbook_step(surrogate, norm_adv, max_grad_norm):
     assert (min(norms) > max_grad_norm) == (max_grad_norm == 0.5)  # both sides of the limit are tried
 
 
-def test_compiled_update_is_the_eager_one(capsys):
-    changes = {"surrogate": "kl-adaptive", "norm_adv": True}
+def test_compiled_update_is_the_eager_one_whatever_is_scheduled(capsys):
+    """Learning rate, beta and all coefficients change in every epoch, and the update is compiled once."""
     agents = make_agent(), make_agent()
     agents[1].load_state_dict(agents[0].state_dict())
-    batch = make_minibatches(agents[0])
+    batch, kl_coef = make_batch_of(agents[0]), torch.tensor(0.6)
     updates, optimizers = [], []
     for agent, compiled in zip(agents, (True, False)):
+        args = update_args(surrogate="kl-adaptive", compile=compiled)
         optimizers.append(ppo.Adam(agent.parameters(), 1e-3))
-        updates.append(ppo.make_update(agent, optimizers[-1], update_args(compile=compiled, **changes)))
-    if "does not work here" in capsys.readouterr().out:
-        pytest.skip("no compiler")
-    for epoch in range(3):
-        batch[-1].fill_(0.6 * 2**epoch)  # beta and the learning rate change without being compiled in
+        updates.append(ppo.make_update(agent, optimizers[-1], args))
+    for epoch in range(6):
+        kl_coef.fill_(0.6 * 2**epoch)
+        changes = {"clip_coef": 0.2 / (1 + epoch), "ent_coef": 0.01 * epoch, "vf_coef": 0.7 + epoch}
+        coefficients = coefficients_of(update_args(**changes))
         for optimizer in optimizers:
             optimizer.learning_rate.fill_(1e-3 / (1 + epoch))
         for indices in torch.randperm(64).view(4, 16):
-            compiled, eager = (update(indices, *batch) for update in updates)
+            compiled, eager = (update(indices, batch, coefficients, kl_coef) for update in updates)
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     for p, q in zip(agents[0].parameters(), agents[1].parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
-    for p, q in zip(optimizers[0].state(), optimizers[1].state()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    for name in ("scalars", "first", "second"):
+        for p, q in zip(*(state[name] for state in states)):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-6)
+    printed = capsys.readouterr().out
+    if "does not work here" in printed:
+        pytest.skip("no compiler")
+    assert printed.count("Compiling the update") == 1 and "again" not in printed
 
 
-# --------------------------------------------------------------------------------------------- rollout
+# ---------------------------------------------------------------------------------- rollout and environments
 
 
-def play(
-    num_envs: int, num_steps: int, rollouts: int
-) -> tuple[ppo.FrozenPolicy, list, list, np.ndarray, deque]:
-    """Rollouts in Coded environments of seeds 1, 2, ..., which write what they see to LOG."""
+def play(num_envs: int, num_steps: int, rollouts: int):
+    """Rollouts in Seeded environments, which write what they see to LOG; the observations after each."""
     stub_environments.LOG.clear()
-    envs = [ppo.make_env("Stub/Coded-v0") for _ in range(num_envs)]
-    latest = np.stack([env.reset(seed=1 + i)[0] for i, env in enumerate(envs)])
+    envs = ppo.Environments("Stub/Seeded-v0", num_envs)
     policy = ppo.FrozenPolicy(make_agent(low=-2.0, high=6.0))
-    running, finished = np.zeros((2, num_envs)), deque(maxlen=100)
-    batches, latests = [], []
+    batches, following = [], []
     for _ in range(rollouts):
-        batches.append(ppo.collect_rollout(envs, latest, policy, num_steps, running, finished))
-        latests.append(latest.copy())
-    return policy, batches, latests, running, finished
+        batches.append(ppo.collect_rollout(envs, policy, num_steps))
+        following.append(envs.observations.copy())
+    return envs, policy, batches, following
+
+
+def seen_by(num_envs: int) -> list[list]:
+    """The steps of each environment, in the order in which it saw them; all are stepped in turn."""
+    return [stub_environments.LOG[i::num_envs] for i in range(num_envs)]
 
 
 def test_rollout_is_what_the_environments_saw():
     num_envs, num_steps = 3, 11
-    policy, batches, latests, _, _ = play(num_envs, num_steps, rollouts=3)
-    stacked = [np.concatenate(arrays) for arrays in zip(*batches)]
-    observations, next_observations, actions, rewards, terminated, done = stacked
-    assert actions.shape == (33, num_envs, 2) and observations.shape == (33, num_envs, 3)
-    seen = [[step for step in stub_environments.LOG if step[0] == 1 + i] for i in range(num_envs)]
+    _, _, batches, following = play(num_envs, num_steps, rollouts=3)
+    batch = ppo.Rollout(*(np.concatenate(arrays) for arrays in zip(*batches)))
+    assert batch.actions.shape == (33, num_envs, 2) and batch.observations.shape == (33, num_envs, 3)
     clipped = 0
-    for i, steps in enumerate(seen):
+    for i, steps in enumerate(seen_by(num_envs)):
         assert len(steps) == 33
         for t, (_, before, env_action, reward, after, was_terminated, was_truncated) in enumerate(steps):
-            assert np.array_equal(observations[t, i], before)
-            assert np.array_equal(next_observations[t, i], after)  # the final one where the episode ended
-            assert (rewards[t, i], terminated[t, i], done[t, i]) == (
-                reward,
-                was_terminated,
-                was_terminated or was_truncated,
-            )
+            assert np.array_equal(batch.observations[t, i], before)
+            assert np.array_equal(batch.next_observations[t, i], after)  # the final one if the episode ended
+            assert batch.rewards[t, i] == reward and batch.terminated[t, i] == was_terminated
+            assert batch.done[t, i] == (was_terminated or was_truncated)
             # Stored raw, so that it can be scored; played scaled from [-1, 1] to [-2, 6] and clipped.
-            np.testing.assert_allclose(env_action, np.clip(2 + 4 * actions[t, i], -2, 6), rtol=1e-6)
-            clipped += (np.abs(actions[t, i]) > 1).sum()
-            # Play goes on from the final observation's successor, the first of the next episode.
-            following = observations[t + 1, i] if t + 1 < 33 else latests[-1][i]
-            expected = [1 + i, before[1] + 1, 0] if done[t, i] else after
-            assert np.array_equal(following, expected)
-    assert clipped > 10 and terminated.any() and (done & ~terminated).any()
-    assert np.array_equal(latests[0], observations[num_steps])
+            expected = np.clip(2 + 4 * batch.actions[t, i], -2, 6)
+            np.testing.assert_allclose(env_action, expected, rtol=1e-6)
+            clipped += (np.abs(batch.actions[t, i]) > 1).sum()
+            # Play goes on from the first observation of the next episode, not from the final one of the last.
+            after_that = batch.observations[t + 1, i] if t + 1 < 33 else following[-1][i]
+            assert after_that[2] == 0 if batch.done[t, i] else np.array_equal(after_that, after)
+    assert clipped > 10 and batch.terminated.any() and (batch.done & ~batch.terminated).any()
+    assert np.array_equal(following[0], batch.observations[num_steps])
 
 
 def test_noise_of_the_rollout_has_the_std_of_the_policy():
-    policy, batches, *_ = play(num_envs=8, num_steps=500, rollouts=1)
-    observations, _, actions, *_ = batches[0]
+    _, policy, batches, _ = play(num_envs=8, num_steps=500, rollouts=1)
+    observations, actions = batches[0].observations, batches[0].actions
     noise = (actions - policy.mean_action(observations.reshape(-1, 3)).reshape(actions.shape)) / policy.std
     # 4000 draws per number: standard errors are 0.016 of the mean and 0.011 of the standard deviation.
     np.testing.assert_allclose(noise.mean((0, 1)), 0, atol=0.065)
@@ -624,120 +623,164 @@ def test_noise_of_the_rollout_has_the_std_of_the_policy():
 
 
 def test_returns_and_lengths_of_episodes():
-    *_, running, finished = play(num_envs=3, num_steps=7, rollouts=3)
+    envs, *_ = play(num_envs=3, num_steps=7, rollouts=3)
     expected, going_on = [], np.zeros((2, 3))
     for t in range(21):
-        for i in range(3):
-            steps = [step for step in stub_environments.LOG if step[0] == 1 + i]
+        for i, steps in enumerate(seen_by(3)):
             going_on[:, i] += steps[t][3], 1
             if steps[t][5] or steps[t][6]:
-                expected.append(going_on[:, i].tolist())
+                expected.append(tuple(going_on[:, i]))
                 going_on[:, i] = 0
-    assert [*finished] == expected and len(expected) > 6
-    assert np.array_equal(running, going_on)
+    assert [*envs.finished] == expected and len(expected) > 6
+    assert np.array_equal([envs.returns, envs.lengths], going_on)
+    means = dict(zip(("charts/episodic_return", "charts/episodic_length"), np.mean(expected, axis=0)))
+    assert envs.statistics() == means
+    assert ppo.Environments("Stub/Seeded-v0", 2).statistics() == {}
+
+
+def test_every_episode_has_a_seed_of_its_own_from_the_generator_of_pytorch():
+    torch.manual_seed(3)
+    seeds, states = [], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        envs = ppo.Environments("Stub/Seeded-v0", 3)
+        seeds.append([*envs.seeds])
+        for _ in range(12):
+            before = envs.seeds.copy()
+            *_, done = envs.step(np.zeros((3, 2), np.float32))
+            assert np.array_equal(envs.seeds != before, done)
+            seeds[-1] += envs.seeds[done].tolist()
+        states.append(torch.get_rng_state())
+    assert seeds[0] == seeds[1] and torch.equal(*states)
+    assert len({*seeds[0]}) == len(seeds[0]) > 9
+    assert all(0 <= seed < ppo.EVALUATION_SEED for seed in seeds[0])  # no episode of an evaluation
 
 
 def test_time_limits_are_staggered():
-    envs = [ppo.make_env("HalfCheetah-v5") for _ in range(4)]
-    ppo.reset_all(envs, first_seed=0)
-    lengths = []
-    for env in envs:
-        action, lengths_of_env, length = np.zeros(6), [], 0
-        while len(lengths_of_env) < 2:
-            length += 1
-            if env.step(action)[3]:
-                lengths_of_env.append(length)
-                length = 0
-                env.reset()
-        lengths.append(lengths_of_env)
-    assert lengths == [[1000, 1000], [750, 1000], [500, 1000], [250, 1000]]
+    envs = ppo.Environments("HalfCheetah-v5", 4)
+    action, ends = np.zeros((4, 6), np.float32), [[], [], [], []]
+    for t in range(1, 2001):
+        _, _, terminated, done = envs.step(action)
+        assert not terminated.any()
+        for i in np.flatnonzero(done):
+            ends[i].append(t)
+    assert ends == [[1000, 2000], [750, 1750], [500, 1500], [250, 1250]]
 
 
-# ------------------------------------------------------------------------------------ state of environments
+def test_an_environment_without_a_time_limit_gets_one(monkeypatch):
+    monkeypatch.setattr(ppo, "MAX_EPISODE_STEPS", 30)
+    envs = ppo.Environments("Stub/Endless-v0", 3)
+    ends = [envs.step(np.zeros((3, 1), np.float32))[3].tolist() for _ in range(60)]
+    assert [[t + 1 for t in range(60) if ends[t][i]] for i in range(3)] == [[30, 60], [20, 50], [10, 40]]
+    returns = ppo.evaluate(make_agent(1, actions=1), "Stub/Endless-v0", episodes=2, seed=0)
+    assert returns.tolist() == [30, 30]
+
+
+def test_actions_of_an_integer_box_are_rounded():
+    envs = ppo.Environments("Stub/Levels-v0", 1)
+    stub_environments.LOG.clear()
+    for action in ([[0.4, 2.6]], [[5.0, 0.0]], [[1.5, 2.5]]):
+        envs.step(np.array(action, np.float32))
+    played = [step[2] for step in stub_environments.LOG]
+    assert [action.tolist() for action in played] == [[0, 3], [5, 0], [2, 2]]
+    assert all(action.dtype == np.int64 for action in played)
+    agent = ppo.Agent(3, envs.action_space.low, envs.action_space.high)
+    stub_environments.LOG.clear()
+    ppo.evaluate(agent, "Stub/Levels-v0", episodes=2, seed=0)
+    assert stub_environments.LOG and all(step[2].dtype == np.int64 for step in stub_environments.LOG)
+
+
+def test_images_are_flattened_with_a_note(capsys):
+    envs = ppo.Environments("Stub/Image-v0", 2)
+    assert envs.observations.shape == (2, 4 * 5 * 3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "(4, 5, 3)" in line and "convolutions" in line
+    ppo.Environments("Stub/Seeded-v0", 2)
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------- replay of episodes
 
 MUJOCO = (
     "HalfCheetah Hopper Walker2d Ant Swimmer Humanoid Reacher Pusher InvertedPendulum InvertedDoublePendulum"
 )
-TASKS = [f"{name}-v5" for name in f"{MUJOCO} HumanoidStandup".split()]
-TASKS += ["Pendulum-v1", "MountainCarContinuous-v0", "Stub/NoisyCoded-v0"]
+REPLAYED = [f"{name}-v5" for name in f"{MUJOCO} HumanoidStandup".split()]
+REPLAYED += ["Pendulum-v1", "MountainCarContinuous-v0", "BipedalWalker-v3", "LunarLanderContinuous-v3"]
+REPLAYED += [f"Stub/{name}-v0" for name in "NoisySeeded Opaque OwnGenerator Stacked GlobalReset".split()]
+REPLAYED += [f"Stub/{name}-v0" for name in "Matrix Levels".split()]
 
 
-@pytest.mark.parametrize("env_id", TASKS)
-def test_restored_environment_goes_on_bit_for_bit(env_id, tmp_path):
-    generator = np.random.default_rng(0)
-    env, restored = ppo.make_env(env_id), ppo.make_env(env_id)
-    space = env.action_space
-
-    def go_on(env: gym.Env, actions: np.ndarray) -> list:
-        history = []
-        for action in actions:
-            observation, reward, terminated, truncated, _ = env.step(action)
-            history += [observation.tobytes(), float(reward), terminated, truncated]
-            if terminated or truncated:
-                history.append(env.reset()[0].tobytes())
-        return history
-
-    def draw(steps: int) -> np.ndarray:
-        return generator.uniform(space.low, space.high, (steps, *space.shape)).astype(space.dtype)
-
-    env.reset(seed=3)
-    for layer in ppo.wrapper_layers(env):
-        if isinstance(layer, gym.wrappers.TimeLimit):
-            layer._elapsed_steps = layer._max_episode_steps - 40  # so that it runs out within what follows
-    go_on(env, draw(23))
-    state = ppo.get_env_state(env)
-    assert state is not None
-    torch.save(state, tmp_path / "state.pt")
-    actions = draw(60)
-    expected = go_on(env, actions)
-    assert any(expected[i] for i in range(len(expected)) if isinstance(expected[i], bool))  # a reset is in it
-    restored.reset(seed=99)
-    go_on(restored, draw(5))
-    ppo.set_env_state(restored, torch.load(tmp_path / "state.pt", weights_only=True))
-    assert go_on(restored, actions) == expected
+def draw_actions(envs: ppo.Environments, steps: int, seed: int) -> np.ndarray:
+    """Actions (steps, N, ...) over the whole range."""
+    generator = np.random.default_rng(seed)
+    low, high = np.maximum(envs.action_space.low, -1e3), np.minimum(envs.action_space.high, 1e3)
+    return generator.uniform(low, high, (steps, len(envs), *low.shape)).astype(np.float32)
 
 
-class WithAttribute(stub_environments.Coded):
-    def __init__(self, attribute):
-        super().__init__()
-        self.attribute = attribute
+def go_on(envs: ppo.Environments, actions: np.ndarray) -> list[bytes]:
+    return [np.asarray(x).tobytes() for action in actions for x in (*envs.step(action), envs.observations)]
 
 
-@pytest.mark.parametrize(
-    "attribute",
-    [np.float64(3.5), np.float32(3.5), np.int64(3), np.bool_(True), np.arange(3), "x", None, 1],
-    ids=lambda x: f"{type(x).__name__}-{x}",
-)
-def test_plain_attributes_pass_through_a_checkpoint(attribute, tmp_path):
-    env, restored = WithAttribute(attribute), WithAttribute(0)
-    for each in (env, restored):
-        each.reset(seed=1)
-    torch.save(ppo.get_env_state(env), tmp_path / "state.pt")
-    ppo.set_env_state(restored, torch.load(tmp_path / "state.pt", weights_only=True))
-    assert type(restored.attribute) is type(attribute) and np.array_equal(restored.attribute, attribute)
+def save_and_restore(env_id: str, envs: ppo.Environments, path: Path) -> ppo.Environments:
+    """Other environments, with other episodes behind them, brought to the state of `envs` through a file."""
+    torch.save({"envs": envs.state_dict(), "generator": torch.get_rng_state()}, path)
+    torch.manual_seed(99)
+    restored = ppo.Environments(env_id, len(envs))
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["generator"])
+    restored.load_state_dict(state["envs"])
+    return restored
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        stub_environments.Opaque,
-        lambda: WithAttribute(np.array(["text"])),
-        lambda: WithAttribute([np.zeros(1)]),
-        lambda: stub_environments.Recent(stub_environments.Coded()),
-        lambda: gym.wrappers.NormalizeReward(stub_environments.Coded()),
-        lambda: gym.wrappers.FrameStackObservation(stub_environments.Coded(), 3),
-    ],
-    ids="object array-of-text list-of-arrays wrapper NormalizeReward FrameStackObservation".split(),
-)
-def test_state_that_cannot_be_read_is_none(make):
-    """Rather than a part of the state, with which a run would go on as another one."""
-    env = make()
-    env.reset(seed=1)
-    env.step(env.action_space.sample())
-    assert ppo.get_env_state(env) is None
+@pytest.mark.parametrize("env_id", REPLAYED)
+def test_replayed_environments_go_on_bit_for_bit(env_id, tmp_path, capsys):
+    """In the middle of episodes, a few steps before the time limit of some; two more episodes are begun."""
+    if env_id in ("BipedalWalker-v3", "LunarLanderContinuous-v3"):
+        pytest.importorskip("Box2D")
+    envs = ppo.Environments(env_id, 3)
+    go_on(envs, draw_actions(envs, 23, seed=0))
+    envs.limits = np.minimum(envs.limits, envs.lengths + np.array([4, 9, 10**6]))
+    actions = draw_actions(envs, 20, seed=1)
+    restored = save_and_restore(env_id, envs, tmp_path / "state.pt")
+    generator = torch.get_rng_state()
+    after_restoring = go_on(restored, actions)
+    torch.set_rng_state(generator)
+    assert go_on(envs, actions) == after_restoring
+    assert "differ" not in capsys.readouterr().out
+    assert len(envs.finished) >= 2 and [*envs.finished] == [*restored.finished]
+    for name, x in envs.state_dict().items():
+        assert name == "finished" or torch.equal(x, restored.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("env_id", ["Stub/GlobalStep-v0", "Stub/Counted-v0", "Stub/GlobalHidden-v0"])
+def test_environments_that_do_not_repeat_begin_anew_with_a_sentence(env_id, tmp_path, capsys):
+    """Draws from np.random in every step, seen at once or only later; a counter shared by all."""
+    envs = ppo.Environments(env_id, 3)
+    go_on(envs, draw_actions(envs, 23, seed=0))
+    capsys.readouterr()
+    restored = save_and_restore(env_id, envs, tmp_path / "state.pt")
+    assert capsys.readouterr().out.count(f"{env_id} differ") == 1
+    assert not restored.lengths.any() and not restored.returns.any()
+    assert [*restored.finished] == [*envs.finished]
+    go_on(restored, draw_actions(envs, 5, seed=1))  # it can be played and saved again
+    restored.state_dict()
+
+
+def test_replay_keeps_no_more_actions_than_the_longest_episode_has():
+    envs = ppo.Environments("Stub/Seeded-v0", 3)
+    for _ in range(5):
+        go_on(envs, draw_actions(envs, 7, seed=0))
+        assert len(envs.state_dict()["actions"]) == envs.lengths.max()
 
 
 # ------------------------------------------------------------------------------------- what training does
+
+
+class Call(NamedTuple):
+    indices: torch.Tensor
+    batch: ppo.Batch
+    coefficients: dict[str, float]
+    kl_coef: float
 
 
 class Recorder:
@@ -751,7 +794,10 @@ class Recorder:
         self.agent = agent
 
         def update(*inputs):
-            self.calls.append([x.clone() for x in inputs])
+            indices, batch, coefficients, kl_coef = inputs
+            assert type(batch) is ppo.Batch
+            numbers = {name: x.item() for name, x in coefficients.items()}
+            self.calls.append(Call(indices, ppo.Batch(*(x.clone() for x in batch)), numbers, kl_coef.item()))
             chosen = self.metrics(len(self.calls) - 1)
             return torch.tensor([float(chosen.get(name, 0)) for name in ppo.METRICS])
 
@@ -760,7 +806,7 @@ class Recorder:
 
 def train_stub(tmp_path: Path, **changes) -> Path:
     args = {
-        "env_id": "Stub/NoisyCoded-v0",
+        "env_id": "Stub/NoisySeeded-v0",
         "num_envs": 3,
         "num_steps": 8,
         "num_minibatches": 4,
@@ -780,7 +826,7 @@ def test_update_is_given_what_the_definitions_say(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     stub_environments.LOG.clear()
     run = train_stub(tmp_path, total_timesteps=72, gamma=0.9, gae_lambda=0.8)
-    seen = [stub_environments.LOG[i::3] for i in range(3)]  # the environments are stepped in turn
+    seen = seen_by(3)
     _, raw, env_actions, rewards, raw_next, terminated, truncated = (
         np.array([[steps[t][field] for steps in seen] for t in range(24)]) for field in range(7)
     )
@@ -804,12 +850,12 @@ def test_update_is_given_what_the_definitions_say(tmp_path, monkeypatch):
         advantages = plain_gae(*batch, 0.9, 0.8)
         calls = recorder.calls[8 * iteration : 8 * iteration + 8]
         for epoch in (calls[:4], calls[4:]):
-            assert sorted(torch.cat([call[0] for call in epoch]).tolist()) == list(range(24))
-        assert not torch.equal(calls[0][0], calls[4][0])  # shuffled anew
+            assert sorted(torch.cat([call.indices for call in epoch]).tolist()) == list(range(24))
+        assert not torch.equal(calls[0].indices, calls[4].indices)  # shuffled anew
         for call in calls:
-            _, given, actions, old_means, old_log_std, old_log_probs, given_advantages, given_returns, _ = (
-                call
-            )
+            assert call.coefficients == pytest.approx({"clip": 0.2, "value": 0.5, "entropy": 0.0})
+            assert call.kl_coef == 1
+            given, actions, old_means, old_log_std, old_log_probs, *targets = call.batch
             np.testing.assert_allclose(given, observations.flatten(0, 1), rtol=0, atol=1e-5)
             played = np.clip(2 + 4 * actions.numpy(), -2, 6).reshape(8, 3, 2)
             np.testing.assert_allclose(env_actions[rows], played, rtol=1e-5, atol=1e-6)
@@ -817,9 +863,9 @@ def test_update_is_given_what_the_definitions_say(tmp_path, monkeypatch):
             assert torch.equal(old_log_std, agent.log_std)
             expected = policy.log_prob(actions.view(8, 3, 2)).flatten()
             torch.testing.assert_close(old_log_probs, expected, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(given_advantages, advantages.flatten(), rtol=0, atol=1e-4)
+            np.testing.assert_allclose(targets[0], advantages.flatten(), rtol=0, atol=1e-4)
             expected = (advantages + values.numpy()).flatten()
-            np.testing.assert_allclose(given_returns, expected, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(targets[1], expected, rtol=0, atol=1e-4)
         explained = 1 - np.var(advantages) / np.var(advantages + values.numpy())
         logged = read_curves(run)["losses/explained_variance"][24 * (iteration + 1)]
         assert logged == pytest.approx(explained, abs=1e-4)
@@ -849,7 +895,7 @@ def test_advantages_are_recomputed_per_epoch_only_if_asked(tmp_path, monkeypatch
 
         recorder.metrics = disturb
         train_stub(tmp_path / str(recompute), total_timesteps=24, recompute_advantages=recompute)
-        returns = [call[7] for call in recorder.calls]
+        returns = [call.batch.returns for call in recorder.calls]
         assert all(torch.equal(returns[0], x) for x in returns[:4])
         assert torch.equal(returns[3], returns[4]) != recompute
 

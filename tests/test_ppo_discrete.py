@@ -1,7 +1,7 @@
 """ppo_discrete.py, against plain definitions, torch.distributions, torch.optim; short runs.
 
-What the script shares with ppo_continuous.py or reinforce.py, letter for letter, is tested there. The agent,
-its frozen policy, evaluation and states of environments are tested here for a2c_cartpole.py too.
+What the script shares with ppo_continuous.py, letter for letter, is tested there. The agent, its frozen
+policy and the evaluation are tested here for a2c_cartpole.py too.
 """
 
 import copy
@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections import deque
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,7 +19,7 @@ import pytest
 import stub_environments
 import torch
 import torch.nn as nn
-from helpers import checkpoint_difference, read_curves, start
+from helpers import checkpoint_difference, difference, read_curves, start
 from scipy.stats import chi2
 from test_ppo_continuous import plain_gae
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, random_return, refusal
@@ -38,7 +38,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-class Coded(stub_environments.Coded):
+class Coded(stub_environments.Seeded):
     """With three actions, numbered from -1, or with the space that is given."""
 
     def __init__(self, noise: float = 0.0, action_space: gym.Space | None = None, render_mode=None):
@@ -47,6 +47,8 @@ class Coded(stub_environments.Coded):
 
     def step(self, action):
         assert self.action_space.contains(action)
+        if isinstance(self.action_space, gym.spaces.Discrete):
+            hash(action)  # a person's environment may look it up in a dictionary, which takes no array
         return super().step(action)
 
 
@@ -68,6 +70,17 @@ class Nested(stub_environments.Matrix):
     action_space = gym.spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[1, 0], [-1, 7]])
 
 
+class Small(Coded):
+    """Insists on the small integers that its space is of."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(action_space=gym.spaces.MultiDiscrete(np.array([2, 4, 3], np.int8), dtype=np.int8))
+
+    def step(self, action):
+        assert action.dtype == np.int8
+        return super().step(action)
+
+
 class Unflattenable(Coded):
     def __init__(self, render_mode=None):
         super().__init__()
@@ -82,6 +95,7 @@ gym.register("PPODiscrete/Binary-v0", Coded, kwargs={"action_space": gym.spaces.
 gym.register("PPODiscrete/Poisoned-v0", Poisoned)
 gym.register("PPODiscrete/Opaque-v0", Opaque)
 gym.register("PPODiscrete/Nested-v0", Nested)
+gym.register("PPODiscrete/Small-v0", Small)
 gym.register("PPODiscrete/Unflattenable-v0", Unflattenable)
 
 
@@ -108,6 +122,8 @@ def parts(agent: ppo.Agent, sizes: list[int], observations: torch.Tensor) -> lis
     ("env_id", "message"),
     [
         ("Pendulum-v1", "ppo_continuous.py is for a Box"),
+        ("ALE/Pong-v5", "ppo_atari.py"),
+        ("ale_py:ALE/Pong-v5", "ppo_atari.py"),
         ("PPODiscrete/Binary-v0", "MultiBinary(3)"),
         ("NoSuchEnvironment-v0", "NoSuchEnvironment"),
         ("no_such_module:Thing-v0", "no_such_module"),
@@ -157,57 +173,44 @@ def test_action_layout(space, sizes, first):
         assert np.array_equal(np.ravel(action), choices + first)
 
 
-def go_on(env: gym.Env, actions: list) -> list:
-    """All that an environment returns from here on, resets included."""
-    history = []
-    for action in actions:
-        observation, reward, terminated, truncated, _ = env.step(action)
-        history.append((observation.tobytes(), float(reward), terminated, truncated))
-        if terminated or truncated:
-            history.append(env.reset()[0].tobytes())
-    return history
+def go_on(envs: ppo.Environments, actions: np.ndarray) -> list[bytes]:
+    return [np.asarray(x).tobytes() for action in actions for x in (*envs.step(action), envs.observations)]
 
 
-@pytest.mark.parametrize(
-    "env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "PPODiscrete/NoisySeveral-v0"]
-)
-def test_restored_environment_goes_on_bit_for_bit(env_id, tmp_path):
-    env, restored = ppo.make_env(env_id), ppo.make_env(env_id)
-    env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(90)]
-    env.reset(seed=3)
-    for layer in ppo.wrapper_layers(env):
-        if isinstance(layer, gym.wrappers.TimeLimit):
-            layer._elapsed_steps = layer._max_episode_steps - 40  # so that it runs out within what follows
-    go_on(env, actions[:7])
-    torch.save(ppo.get_env_state(env), tmp_path / "state.pt")
-    expected = go_on(env, actions[7:])
-    assert any(len(x) == 4 and (x[2] or x[3]) for x in expected)
-    restored.reset(seed=99)
+def draw_actions(envs: ppo.Environments, steps: int, seed: int) -> np.ndarray:
+    """Choices (steps, N, ...), as the environment numbers them."""
+    envs.action_space.seed(seed)
+    return np.array([[envs.action_space.sample() for _ in range(len(envs))] for _ in range(steps)], np.int64)
+
+
+REPLAYED = "CartPole-v1 Acrobot-v1 MountainCar-v0 FrozenLake-v1 LunarLander-v3".split()
+REPLAYED += [f"PPODiscrete/{name}-v0" for name in "NoisyCoded NoisySeveral Opaque Nested Small".split()]
+
+
+@pytest.mark.parametrize("env_id", REPLAYED)
+def test_replayed_environments_go_on_bit_for_bit(env_id, tmp_path, capsys):
+    """Through a file, in the middle of episodes; two of them meet their time limit soon after."""
+    if env_id == "LunarLander-v3":
+        pytest.importorskip("Box2D")
+    envs = ppo.Environments(env_id, 3)
+    go_on(envs, draw_actions(envs, 23, seed=0))
+    envs.limits = np.minimum(envs.limits, envs.lengths + np.array([4, 9, 10**6]))
+    torch.save({"envs": envs.state_dict(), "generator": torch.get_rng_state()}, tmp_path / "state.pt")
+    actions = draw_actions(envs, 20, seed=1)
+    expected = go_on(envs, actions)
+    torch.manual_seed(99)
+    restored = ppo.Environments(env_id, 3)  # with other episodes behind them
     go_on(restored, actions[:5])
-    ppo.set_env_state(restored, torch.load(tmp_path / "state.pt", weights_only=True))
-    assert go_on(restored, actions[7:]) == expected
-
-
-def test_state_of_mountain_car_is_a_tuple_of_numpy_numbers():
-    """What the test above is there for: a checkpoint cannot hold them as they are."""
-    env = ppo.make_env("MountainCar-v0")
-    env.reset(seed=0)
-    env.step(2)
-    assert type(env.unwrapped.state) is tuple and type(env.unwrapped.state[0]) is np.float64
-    saved = ppo.get_env_state(env)["layers"][-1]["state"]
-    assert saved == env.unwrapped.state and {*map(type, saved)} == {float}
-
-
-def test_state_that_cannot_be_read_is_none():
-    class OtherGenerator(Coded):
-        np_random = random.Random(0)
-
-    for env in (Opaque(), stub_environments.Recent(Coded()), gym.wrappers.FrameStackObservation(Coded(), 2)):
-        env.reset(seed=1)
-        env.step(0)
-        assert ppo.get_env_state(env) is None
-    assert ppo.get_env_state(OtherGenerator()) is None
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.set_rng_state(state["generator"])
+    restored.load_state_dict(state["envs"])
+    assert go_on(restored, actions) == expected
+    assert "differ" not in capsys.readouterr().out and len(envs.finished) >= 2
+    states = envs.state_dict(), restored.state_dict()
+    assert [*envs.finished] == [*restored.finished][-len(envs.finished) :]
+    assert all(
+        difference(states[0][name], states[1][name]) is None for name in ("seeds", "lengths", "limits")
+    )
 
 
 # ------------------------------------------------------------------------------------ agent and its policy
@@ -323,11 +326,12 @@ def test_evaluation_is_greedy_and_adds_up_the_rewards():
         agent = make_agent(sizes, first=first)
         stub_environments.LOG.clear()
         returns = ppo.evaluate(agent, env_id, episodes=4, seed=4)
-        sums = [sum(step[3] for step in stub_environments.LOG if step[0] == seed) for seed in range(4, 8)]
+        log = stub_environments.LOG
+        sums = [sum(step[3] for step in log if step[0] == seed % 5) for seed in range(4, 8)]
         assert returns.tolist() == sums
-        seen = torch.tensor(np.array([step[1] for step in stub_environments.LOG])).float()
+        seen = torch.tensor(np.array([step[1] for step in log])).float()
         best = [part.probs.argmax(-1) + a for part, a in zip(parts(agent, sizes, seen), first)]
-        played = np.array([np.atleast_1d(step[2]) for step in stub_environments.LOG])
+        played = np.array([np.atleast_1d(step[2]) for step in log])
         assert np.array_equal(played, torch.stack(best, -1))
 
 
@@ -351,9 +355,14 @@ def test_evaluation_changes_nothing():
 
 
 def test_evaluation_that_never_ends_is_cut(monkeypatch):
-    monkeypatch.setattr(ppo, "MAX_EPISODE_STEPS", 2)
-    returns = ppo.evaluate(make_agent([3], first=[-1]), "PPODiscrete/Coded-v0", episodes=1, seed=3)
-    assert returns.tolist() == [301 + 302]
+    class Endless(Coded):
+        def step(self, action):
+            return super().step(action)[0], 1.0, False, False, {}
+
+    gym.register("PPODiscrete/Endless-v0", Endless)
+    monkeypatch.setattr(ppo, "MAX_EPISODE_STEPS", 7)
+    agent = make_agent([3], first=[-1])
+    assert ppo.evaluate(agent, "PPODiscrete/Endless-v0", episodes=2, seed=3).tolist() == [7, 7]
 
 
 # -------------------------------------------------------------------------------------- loss and update
@@ -386,7 +395,7 @@ def test_clip_ends_the_gradient_where_nothing_is_to_be_gained(ratio, advantage, 
     assert log_probs.grad.item() == pytest.approx(-ratio * advantage if has_gradient else 0, abs=1e-6)
 
 
-def make_batch(agent: ppo.Agent, sizes: list[int], B: int = 32) -> tuple[torch.Tensor, ...]:
+def make_batch(agent: ppo.Agent, sizes: list[int], B: int = 32) -> ppo.Batch:
     """What an iteration gives to the update; the old policy lies beside that of the agent."""
     dtype = agent.mask.dtype
     observations = torch.randn(B, 3, dtype=dtype)
@@ -394,11 +403,18 @@ def make_batch(agent: ppo.Agent, sizes: list[int], B: int = 32) -> tuple[torch.T
     actions = torch.stack([part.sample() for part in policy], -1)
     log_probs = sum(part.log_prob(action) for part, action in zip(policy, actions.T)).detach()
     advantages, returns = torch.randn(2, B, dtype=dtype) * 3 + 1
-    return observations, actions, log_probs + 0.2 * torch.randn(B, dtype=dtype), advantages, returns
+    return ppo.Batch(
+        observations, actions, log_probs + 0.2 * torch.randn(B, dtype=dtype), advantages, returns
+    )
 
 
 def update_args(**changes) -> ppo.Args:
     return ppo.Args(**{"compile": False, "ent_coef": 0.05, "vf_coef": 0.7} | changes)
+
+
+def coefficients_of(args: ppo.Args) -> dict[str, torch.Tensor]:
+    values = {"clip": args.clip_coef, "value": args.vf_coef, "entropy": args.ent_coef}
+    return {name: torch.tensor(x) for name, x in values.items()}
 
 
 def reference_step(agent, optimizer, args, sizes, indices, batch) -> list[float]:
@@ -435,7 +451,7 @@ def test_update_is_the_textbook_step(sizes, shared, norm_adv, max_grad_norm):
     optimizer = torch.optim.Adam(reference.parameters(), args.learning_rate, eps=1e-5)
     norms, fractions = [], []
     for indices in torch.randperm(32).view(4, 8):
-        metrics = update(indices, *batch)
+        metrics = update(indices, batch, coefficients_of(args))
         expected = reference_step(reference, optimizer, args, sizes, indices, batch)
         fractions.append(expected[4])
         norms.append(expected[5])
@@ -447,7 +463,8 @@ def test_update_is_the_textbook_step(sizes, shared, norm_adv, max_grad_norm):
     assert 0 < sum(fractions) < 4
 
 
-def test_compiled_update_is_the_eager_one(capsys):
+def test_compiled_update_is_the_eager_one_whatever_is_scheduled(capsys):
+    """Learning rate and all coefficients change in every epoch, and the update is compiled once."""
     agents = make_agent(SIZES, shared=True), make_agent(SIZES, shared=True)
     agents[1].load_state_dict(agents[0].state_dict())
     batch = make_batch(agents[0], SIZES)
@@ -456,37 +473,38 @@ def test_compiled_update_is_the_eager_one(capsys):
         ppo.make_update(agent, optimizer, update_args(compile=compiled))
         for agent, optimizer, compiled in zip(agents, optimizers, (True, False))
     ]
-    if "does not work here" in capsys.readouterr().out:
-        pytest.skip("no compiler")
     assert hasattr(updates[0], "_torchdynamo_orig_callable")
     before = agents[0].actor[0].weight.detach().clone()
-    for epoch in range(2):
+    for epoch in range(6):
+        changes = {"clip_coef": 0.2 / (1 + epoch), "ent_coef": 0.05 * epoch, "vf_coef": 0.7 + epoch}
+        coefficients = coefficients_of(update_args(**changes))
         for optimizer in optimizers:
             optimizer.learning_rate.fill_(1e-3 / (1 + epoch))
         for indices in torch.randperm(32).view(2, 16):
-            compiled, eager = (update(indices, *batch) for update in updates)
+            compiled, eager = (update(indices, batch, coefficients) for update in updates)
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(agents[0].actor[0].weight, before, atol=1e-3)
     for p, q in zip(agents[0].parameters(), agents[1].parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    printed = capsys.readouterr().out
+    if "does not work here" in printed:
+        pytest.skip("no compiler")
+    assert printed.count("Compiling the update") == 1 and "again" not in printed
 
 
 # --------------------------------------------------------------------------------------------- rollout
 
 
 def play(env_id: str, agent: ppo.Agent, num_envs: int, num_steps: int, rollouts: int):
-    """Rollouts in Coded environments of seeds 1, 2, ..., which write what they see to LOG."""
+    """Joined rollouts, the observations after each, and what the environments, stepped in turn, saw."""
+    envs, policy = ppo.Environments(env_id, num_envs), ppo.FrozenPolicy(agent)
     stub_environments.LOG.clear()
-    envs = [ppo.make_env(env_id) for _ in range(num_envs)]
-    latest = np.stack([env.reset(seed=1 + i)[0] for i, env in enumerate(envs)])
-    running, finished, policy = np.zeros((2, num_envs)), deque(maxlen=100), ppo.FrozenPolicy(agent)
-    batches, latests = [], []
-    for _ in range(rollouts):
-        batches.append(ppo.collect_rollout(envs, latest, policy, num_steps, running, finished))
-        latests.append(latest.copy())
-    arrays = [np.concatenate(arrays) for arrays in zip(*batches)]
-    seen = [[step for step in stub_environments.LOG if step[0] == 1 + i] for i in range(num_envs)]
-    return arrays, latests, running, finished, seen
+    rollouts_and_next = [
+        (ppo.collect_rollout(envs, policy, num_steps), envs.observations) for _ in range(rollouts)
+    ]
+    rollouts, following = zip(*rollouts_and_next)
+    seen = [stub_environments.LOG[i::num_envs] for i in range(num_envs)]
+    return ppo.Rollout(*map(np.concatenate, zip(*rollouts))), following, envs, seen
 
 
 @pytest.mark.parametrize(
@@ -495,12 +513,12 @@ def play(env_id: str, agent: ppo.Agent, num_envs: int, num_steps: int, rollouts:
 )
 def test_rollout_is_what_the_environments_saw(env_id, sizes, first):
     """Returns and lengths of episodes too, of which some reach from one rollout into the next."""
-    arrays, latests, running, finished, seen = play(env_id, make_agent(sizes, first=first), 3, 7, 3)
-    observations, next_observations, actions, rewards, terminated, done = arrays
-    assert observations.shape == next_observations.shape == (21, 3, 3) and actions.dtype == np.int64
-    assert actions.shape == (21, 3, len(sizes)) and observations.dtype == rewards.dtype == np.float32
+    rollout, following, envs, seen = play(env_id, make_agent(sizes, first=first), 3, 14, 3)
+    observations, actions, next_observations, rewards, terminated, done = rollout
+    assert observations.shape == next_observations.shape == (42, 3, 3) and actions.dtype == np.int64
+    assert actions.shape == (42, 3, len(sizes)) and rewards.dtype == np.float32
     expected_finished, going_on = [], np.zeros((2, 3))
-    for t in range(21):
+    for t in range(42):
         for i in range(3):
             _, before, action, reward, after, was_terminated, was_truncated = seen[i][t]
             assert np.array_equal(observations[t, i], before)
@@ -509,16 +527,16 @@ def test_rollout_is_what_the_environments_saw(env_id, sizes, first):
             ended = was_terminated or was_truncated
             assert (rewards[t, i], terminated[t, i], done[t, i]) == (reward, was_terminated, ended)
             # Play goes on from the first observation of the next episode.
-            following = observations[t + 1, i] if t + 1 < 21 else latests[-1][i]
-            assert np.array_equal(following, [1 + i, before[1] + 1, 0] if ended else after)
+            after_that = observations[t + 1, i] if t + 1 < 42 else following[-1][i]
+            assert after_that[2] == 0 if ended else np.array_equal(after_that, after)
             going_on[:, i] += reward, 1
             if ended:
-                expected_finished.append(going_on[:, i].tolist())
+                expected_finished.append(tuple(going_on[:, i]))
                 going_on[:, i] = 0
     assert terminated.any() and (done & ~terminated).any() and len({*actions.flatten()}) == max(sizes)
-    assert [*finished] == expected_finished and len(finished) > 10
-    assert np.array_equal(running, going_on) and running.any()
-    assert np.array_equal(latests[0], observations[7])
+    assert [*envs.finished] == expected_finished and len(expected_finished) > 10
+    assert np.array_equal([envs.returns, envs.lengths], going_on) and going_on.any()
+    assert np.array_equal(following[0], observations[14])
 
 
 def test_frequencies_of_actions_follow_the_softmax():
@@ -526,7 +544,7 @@ def test_frequencies_of_actions_follow_the_softmax():
     agent = make_agent(SIZES, first=[5, 0, -1])
     with torch.no_grad():
         agent.actor[-1].weight.zero_()  # the same policy at every observation
-    (_, _, actions, *_), *_ = play("PPODiscrete/Several-v0", agent, 2, 1500, 1)
+    (_, actions, *_), *_ = play("PPODiscrete/Several-v0", agent, 2, 1500, 1)
     assert (actions < np.array(SIZES)).all()  # what is masked never happens
     probabilities = np.ones(1)
     for part in parts(agent, SIZES, torch.zeros(3)):
@@ -548,27 +566,29 @@ def test_frequencies_of_actions_follow_the_softmax():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"total_timesteps": 0}, "total_timesteps must be at least 1, got 0"),
-        ({"num_envs": 0}, "num_envs must be at least 1"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"update_epochs": 0}, "update_epochs must be at least 1"),
-        ({"num_minibatches": 0}, "num_minibatches must be at least 1"),
+        ({"total_timesteps": 0}, "total_timesteps must lie in [1, inf), got 0"),
+        ({"num_envs": 0}, "num_envs must lie in [1, inf)"),
+        ({"num_steps": 0}, "num_steps must lie in [1, inf)"),
+        ({"update_epochs": 0}, "update_epochs must lie in [1, inf)"),
+        ({"num_minibatches": 0}, "num_minibatches must lie in [1, inf)"),
         ({"num_minibatches": 7}, "num_minibatches = 7 must divide"),
-        ({"checkpoint_interval": 0}, "checkpoint_interval must be at least 1"),
-        ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
-        ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
-        ({"clip_coef": 0.0}, "clip_coef must be positive"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval must lie in [1, inf)"),
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes must lie in (0, inf)"),
+        ({"eval_episodes": 0}, "eval_episodes must lie in [1, inf)"),
+        ({"learning_rate": math.nan}, "learning_rate must lie in (0, inf), got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must lie in (0, inf), got inf"),
+        ({"clip_coef": 0.0}, "clip_coef must lie in (0, inf)"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must lie in (0, inf)"),
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**32}, "seed must lie in"),
-        ({"target_kl": 0.0}, "target_kl must be positive, or None"),
-        ({"ent_coef": -0.1}, "ent_coef must be at least 0"),
-        ({"vf_coef": math.nan}, "vf_coef must be at least 0, got nan"),
-        ({"eval_interval": -1}, "eval_interval must be at least 0"),
+        ({"target_kl": 0.0}, "target_kl must lie in (0, inf)"),
+        ({"ent_coef": -0.1}, "ent_coef must lie in [0, inf)"),
+        ({"vf_coef": math.nan}, "vf_coef must lie in [0, inf), got nan"),
+        ({"eval_interval": -1}, "eval_interval must lie in [0, inf)"),
         ({"gamma": 1.01}, "gamma must lie in [0, 1]"),
         ({"gae_lambda": math.nan}, "gae_lambda must lie in [0, 1]"),
         ({"num_envs": 4, "num_steps": 8, "num_minibatches": 32}, "cannot be normalised"),
-        ({"resume": "a", "evaluate": "b"}, "resume and evaluate exclude each other"),
+        ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
     ],
     ids=lambda x: "-".join(f"{name}-{value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
@@ -581,6 +601,11 @@ def test_bad_arguments_are_named(changes, message):
 def test_arguments_at_the_edge_are_fine():
     ppo.Args(ent_coef=0.0, vf_coef=0.0, gamma=1.0, gae_lambda=0.0, seed=2**32 - 1, eval_interval=0)
     assert ppo.Args(num_envs=4, num_steps=8, num_minibatches=32, norm_adv=False).batch_size == 32
+
+
+def test_every_number_has_its_limits():
+    numbers = {field.name for field in dataclasses.fields(ppo.Args) if re.search("int|float", field.type)}
+    assert sorted(" ".join(ppo.LIMITS.values()).split()) == sorted(numbers)
 
 
 def test_command_line():
@@ -607,8 +632,8 @@ class Recorder:
         self.agent = agent
         assert [*map(id, optimizer.parameters)] == [*map(id, agent.parameters())]
 
-        def update(*inputs):
-            self.calls.append([x.clone() for x in inputs])
+        def update(indices, batch, coefficients):
+            self.calls.append((indices, batch, {name: x.item() for name, x in coefficients.items()}))
             self.learning_rates.append(optimizer.learning_rate.item())
             chosen = self.metrics(len(self.calls) - 1)
             return torch.tensor([float(chosen.get(name, 0)) for name in ppo.METRICS])
@@ -639,14 +664,14 @@ def test_update_is_given_what_the_definitions_say(
     recorder = Recorder(monkeypatch)
     stub_environments.LOG.clear()
     changes = {"env_id": env_id, "shared_network": shared, "anneal_lr": anneal_lr, "gamma": 0.9}
+    changes |= {"clip_coef": 0.3, "vf_coef": 0.75, "ent_coef": 0.25}
     run = train_stub(tmp_path, total_timesteps=48, gae_lambda=0.8, **changes)
     curves, agent = read_curves(run), recorder.agent
     assert (agent.actor[0] is agent.critic[0]) == shared and agent.action_start.tolist() == first
     seen = [stub_environments.LOG[i::3] for i in range(3)]  # the environments are stepped in turn
-    seeds, raw, env_actions, rewards, raw_next, terminated, truncated = (
-        np.array([[steps[t][field] for steps in seen] for t in range(16)]) for field in range(7)
+    raw, env_actions, rewards, raw_next, terminated, truncated = (
+        np.array([[steps[t][field] for steps in seen] for t in range(16)]) for field in range(1, 7)
     )
-    assert seeds[0].tolist() == [6, 7, 8]  # from seed x num_envs on
     assert terminated.any() and truncated.any() and len(recorder.calls) == 2 * 2 * 4
     for iteration in range(2):
         rows = slice(8 * iteration, 8 * iteration + 8)
@@ -663,13 +688,14 @@ def test_update_is_given_what_the_definitions_say(
             assert sorted(torch.cat([call[0] for call in epoch]).tolist()) == list(range(24))
             assert [len(call[0]) for call in epoch] == [6] * 4
         assert not torch.equal(calls[0][0], calls[4][0])  # shuffled anew
-        for _, given, actions, old_log_probs, given_advantages, given_returns in calls:
-            assert torch.equal(given, observations.flatten(0, 1))
-            assert torch.equal(actions, choices.flatten(0, 1))
-            torch.testing.assert_close(old_log_probs, log_probs.flatten(), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(given_advantages, advantages.flatten(), rtol=1e-5, atol=1e-3)
+        for _, batch, coefficients in calls:
+            assert torch.equal(batch.observations, observations.flatten(0, 1))
+            assert torch.equal(batch.actions, choices.flatten(0, 1))
+            torch.testing.assert_close(batch.old_log_probs, log_probs.flatten(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(batch.advantages, advantages.flatten(), rtol=1e-5, atol=1e-3)
             expected = (advantages + values).flatten()
-            np.testing.assert_allclose(given_returns, expected, rtol=1e-5, atol=1e-3)
+            np.testing.assert_allclose(batch.returns, expected, rtol=1e-5, atol=1e-3)
+            assert coefficients == pytest.approx({"clip": 0.3, "value": 0.75, "entropy": 0.25})
         rate = 1e-3 * (1 - iteration / 2) if anneal_lr else 1e-3
         assert recorder.learning_rates[8 * iteration : 8 * iteration + 8] == pytest.approx([rate] * 8)
         step = 24 * (iteration + 1)
@@ -714,7 +740,7 @@ def resume(run: Path, *words: str) -> None:
 
 
 def assert_same_run(run: Path, reference: Path, *, files: tuple[str, ...] = ("checkpoint.pt", "best.pt")):
-    for name in files:
+    for name in files:  # the last checkpoint, and the best
         states = [ppo.load_checkpoint(x / name) for x in (run, reference)]
         assert checkpoint_difference(*states) is None
     assert read_curves(run) == read_curves(reference)
@@ -749,7 +775,7 @@ def test_what_is_logged(finished_run):
     assert curves["losses/entropy"][128] == pytest.approx(math.log(2), abs=0.02)
     best = max(curves["eval/episodic_return"][step] for step in (512, 1024))
     assert ppo.load_checkpoint(finished_run / "best.pt")["best_return"] == pytest.approx(best, rel=1e-6)
-    finished = np.mean(ppo.load_checkpoint(finished_run)["finished"], axis=0)
+    finished = np.mean(ppo.load_checkpoint(finished_run)["envs"]["finished"], axis=0)
     assert curves["charts/episodic_return"][1024] == pytest.approx(finished[0], rel=1e-6)
 
 
@@ -758,7 +784,7 @@ def test_evaluate_prints_mean_and_std(file, finished_run, capsys):
     ppo.main(ppo.parse_args(["--evaluate", str(finished_run / file), "--eval-episodes", "3", "--seed", "9"]))
     agent = ppo.Agent.load(finished_run / file)
     returns = ppo.evaluate(agent, "CartPole-v1", 3, 9 + ppo.EVALUATION_SEED)
-    expected = f"CartPole-v1: {np.mean(returns):.1f} ± {np.std(returns):.1f} over 3 episodes"
+    expected = f"CartPole-v1: {np.mean(returns):.1f} +- {np.std(returns):.1f} over 3 episodes"
     assert expected in capsys.readouterr().out
     if not file:  # it is the agent that was evaluated at the end of the training
         returns = ppo.evaluate(agent, "CartPole-v1", 2, 1 + ppo.EVALUATION_SEED)
@@ -785,31 +811,30 @@ def test_killed_run_equals_an_uninterrupted_one(tmp_path, capsys):
     process = start(SCRIPT, *flags(**settings, runs=tmp_path / "killed"), cwd=tmp_path)
     kill_when(process, nth_evaluation(5), delay=0.03)
     (run,) = (tmp_path / "killed").iterdir()
-    assert 0 < ppo.load_checkpoint(run)["iteration"] < 50
+    assert 0 < ppo.load_checkpoint(run)["step"] < 6400
     resume(run)
-    assert "Resumed at step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Resumed at step" in printed and "differ" not in printed
     assert_same_run(run, reference)
 
 
-def test_interrupted_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, capsys):
-    """In the middle of an iteration past its last checkpoint; one network for both."""
+def test_same_command_goes_on_after_sigterm(tmp_path, capsys):
+    """Long before the first checkpoint is due; one network for both, and a fixed name."""
     settings = {"shared_network": True, "env_id": "MountainCar-v0", "eval_episodes": 1, "eval_interval": 256}
+    settings = TINY | settings | {"total_timesteps": 2560, "checkpoint_interval": 10**9}
     reference = train(tmp_path / "reference", **settings)
-    play_one, left = ppo.collect_rollout, iter(range(6))
-
-    def interrupted(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return play_one(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "collect_rollout", interrupted)
-        message = refusal(train, tmp_path / "interrupted", **settings)
-    (run,) = (tmp_path / "interrupted").iterdir()
-    assert f"python ppo_discrete.py --resume {run}" in message
-    resume(run)
-    assert "Resumed at step 512" in capsys.readouterr().out
-    assert_same_run(run, reference)
+    command = flags(**settings, runs=tmp_path, run_name="queued")
+    process = start(SCRIPT, *command, cwd=tmp_path)
+    seen = nth_evaluation(3)
+    next(line for line in process.stdout if seen(line))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    step = ppo.load_checkpoint(tmp_path / "queued")["step"]
+    assert process.returncode == 1 and f"Interrupted at step {step:,}" in output and 512 <= step < 2560
+    assert "python ppo_discrete.py --resume" in output and "Traceback" not in output
+    ppo.main(ppo.parse_args(command))
+    assert f"Resumed at step {step:,}" in capsys.readouterr().out
+    assert_same_run(tmp_path / "queued", reference)
 
 
 def test_finished_run_goes_on_with_more_steps(tmp_path):
@@ -826,11 +851,14 @@ def test_finished_run_goes_on_with_more_steps(tmp_path):
     assert_same_run(run, longer, files=("checkpoint.pt",))
 
 
-def test_environment_whose_state_cannot_be_read_starts_anew(tmp_path, capsys):
-    run = train(tmp_path, env_id="PPODiscrete/Opaque-v0", total_timesteps=128, eval_interval=0)
+def test_opaque_environment_goes_on_exactly(tmp_path, capsys):
+    """Nobody can save its attributes, and nobody has to."""
+    constant = {"env_id": "PPODiscrete/Opaque-v0", "anneal_lr": False, "eval_interval": 0}
+    run = train(tmp_path / "short", **constant, total_timesteps=128)
     resume(run, "--total-timesteps", "256")
-    assert "cannot be saved" in capsys.readouterr().out
-    assert ppo.load_checkpoint(run)["iteration"] == 2
+    assert "differ" not in capsys.readouterr().out
+    longer = train(tmp_path / "longer", **constant, total_timesteps=256)
+    assert_same_run(run, longer, files=("checkpoint.pt",))
 
 
 def test_dict_observations_and_matrix_actions(tmp_path, capsys):
@@ -851,7 +879,7 @@ def test_rewards_that_are_not_finite_end_the_run(tmp_path):
     (run,) = tmp_path.iterdir()
     assert "nan at step 256" in message and "rewards" in message and str(run) in message
     state = ppo.load_checkpoint(run)
-    assert state["iteration"] == 1 and all(tensor.isfinite().all() for tensor in state["agent"].values())
+    assert state["step"] == 128 and all(tensor.isfinite().all() for tensor in state["agent"].values())
 
 
 def test_run_of_another_script_is_refused(tmp_path):
@@ -862,7 +890,8 @@ def test_run_of_another_script_is_refused(tmp_path):
         message = refusal(lambda flag=flag: ppo.main(ppo.parse_args([flag, str(tmp_path)])))
         assert str(tmp_path / "checkpoint.pt") in message and "ppo_discrete.py" in message
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(ppo_continuous.Args())))
-    assert "not of this script" in refusal(ppo.parse_args, ["--resume", str(tmp_path)])
+    message = refusal(ppo.parse_args, ["--resume", str(tmp_path)])
+    assert str(tmp_path / "args.json") in message and "shared_network" in message
 
 
 def test_resume_keeps_to_the_arguments_of_the_run(finished_run):

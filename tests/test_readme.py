@@ -59,7 +59,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(file, folder)
     shutil.copy(REPOSITORY / "constraints.txt", folder)
     leave_out = shutil.ignore_patterns("results", "figures", "__pycache__")
-    shutil.copytree(REPOSITORY / "benchmark", folder / "benchmark", ignore=leave_out)
+    for name in ("benchmark", "examples"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=leave_out)
     return folder
 
 
@@ -144,7 +145,7 @@ def check_metrics_of_a_language_model(name: str, folder: Path, monkeypatch: pyte
     def parity(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [float(len(completion) % 2) for completion in completions]
 
-    task = getattr(SCRIPTS[name], "Arithmetic", SCRIPTS[name].Reviews)
+    task = getattr(SCRIPTS[name], "Arithmetic", None) or SCRIPTS[name].Reviews
     monkeypatch.setitem(task.rewards, next(iter(task.rewards)), (parity, 1.0))
     run = SCRIPTS[name].main(SCRIPTS[name].Args(**small_arguments(name), runs=str(folder)))
     logged = {tag for tag in read_curves(run) if not tag.endswith("/text_summary")} | {"time/elapsed"}
@@ -171,6 +172,8 @@ def test_flags_and_defaults_are_documented(name: str):
     documented = dict(re.findall(r"`--([\w-]+)`(?: \(([^,)]+))?", rows))
     for field in dataclasses.fields(SCRIPTS[name].Args):
         text, default = documented[field.name.replace("_", "-")], field.default
+        if default is dataclasses.MISSING:  # a list, empty by default
+            default = None
         if isinstance(default, bool):
             default = "on" if default else "off"
         elif isinstance(default, int | float):

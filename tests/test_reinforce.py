@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -325,42 +326,6 @@ def test_exact_variances_are_in_order(tiny, gamma):
 # ---------------------------------------------------------------------------------- agent and its policy
 
 
-def random_logits(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64) * 2
-
-
-@pytest.mark.parametrize("components", [1, 3])
-def test_categorical_densities_are_those_of_torch(components):
-    logits = random_logits(2, 5, components, 4)
-    reference = Independent(Categorical(logits=logits), 1)
-    actions = reference.sample()
-    ours = reinforce.categorical_log_prob(logits, actions)
-    assert ours.shape == (2, 5)
-    torch.testing.assert_close(ours, reference.log_prob(actions))
-    torch.testing.assert_close(reinforce.categorical_entropy(logits), reference.entropy())
-    logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: reinforce.categorical_log_prob(x, actions), logits)
-    assert torch.autograd.gradcheck(reinforce.categorical_entropy, logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_masked_choices_do_not_count(dtype):
-    """Components of 2 and 4 choices, the missing ones at -1e9: as two distributions of their own."""
-    small, large = random_logits(5, 2).to(dtype), random_logits(5, 4).to(dtype)
-    padded = torch.cat((small, torch.full((5, 2), -1e9, dtype=dtype)), -1)
-    logits = torch.stack((padded, large), -2).requires_grad_()
-    parts = Categorical(logits=small), Categorical(logits=large)
-    actions = torch.stack([part.sample() for part in parts], -1)
-    log_probs, entropy = (
-        reinforce.categorical_log_prob(logits, actions),
-        reinforce.categorical_entropy(logits),
-    )
-    torch.testing.assert_close(log_probs, sum(p.log_prob(a) for p, a in zip(parts, actions.T)))
-    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
-    (log_probs.sum() + entropy.sum()).backward()
-    assert logits.grad.isfinite().all() and not logits.grad[:, 0, 2:].any()
-
-
 BOX = gym.spaces.Box(-2, 6, (2,))
 
 
@@ -382,6 +347,8 @@ def distribution(agent: reinforce.Agent, observations: torch.Tensor) -> torch.di
     return Independent(Normal(output, agent.log_std.exp()), 1)
 
 
+low, high = np.float32([[-2, -np.inf], [-np.inf, 0.5]]), np.float32([[6, 1], [np.inf, 2.5]])
+RANGES_AND_NO_BOUNDS = gym.spaces.Box(low, high)
 ACTION_SPACES = {"discrete": gym.spaces.Discrete(4), "box": BOX}
 
 
@@ -391,7 +358,30 @@ def test_agent_scores_actions_as_its_distribution_does(kind):
     policy = distribution(agent, observations)
     actions = policy.sample()
     torch.testing.assert_close(agent.log_prob(observations, actions), policy.log_prob(actions))
-    torch.testing.assert_close(agent.entropy(observations), policy.entropy())
+    torch.testing.assert_close(agent.entropy(observations.flatten(0, 1)), policy.entropy().mean())
+
+
+@pytest.mark.parametrize("kind", ACTION_SPACES)
+def test_log_probabilities_are_differentiable(kind):
+    agent, observations = make_agent(ACTION_SPACES[kind]).double(), torch.randn(5, 3).double()
+    actions = distribution(agent, observations).sample()
+    observations.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: agent.log_prob(x, actions), observations)
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(3, start=-4), RANGES_AND_NO_BOUNDS, gym.spaces.Box(0, 1, ())]
+)
+def test_loaded_agent_has_the_actions_of_the_saved_one(space, tmp_path):
+    """Without its environment, which a checkpoint names but which nobody may import for it."""
+    agent, observations = make_agent(space), np.random.default_rng(1).normal(2, 5, (50, 3))
+    state = {"args": {"env_id": "no_such_module:Thing-v0"}, "agent": agent.state_dict()}
+    reinforce.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    policies = [reinforce.FrozenPolicy(x) for x in (agent, reinforce.Agent.load(tmp_path))]
+    actions = policies[0].mode(observations) * 3
+    one, other = (policy.to_environment(actions) for policy in policies)
+    assert np.array_equal(one, other) and np.shape(other) == (50, *space.shape)
+    assert agent.discrete or np.asarray(one).dtype == np.float32
 
 
 def test_agent_starts_near_uniform_and_with_the_std_that_was_asked_for():
@@ -536,17 +526,16 @@ def test_parameters_of_the_policy_are_those_of_no_value_function():
 
 # ----------------------------------------------------------------------------------------------- episodes
 
-NAMES = "observations next_observations actions rewards terminated done lengths".split()
+NAMES = reinforce.Rollout._fields
 
 
 def play(env_id: str, num_envs: int = 6, max_episode_steps: int = 100, times: int = 1) -> list[dict]:
     LOG.clear()
-    envs = [reinforce.make_env(env_id) for _ in range(num_envs)]
+    envs = reinforce.Environments(env_id, num_envs, max_episode_steps)
     torch.manual_seed(1)
-    policy = reinforce.FrozenPolicy(make_agent(envs[0].action_space))
+    policy = reinforce.FrozenPolicy(make_agent(envs.action_space))
     torch.manual_seed(7)
-    batches = [reinforce.collect_episodes(envs, policy, max_episode_steps) for _ in range(times)]
-    return [dict(zip(NAMES, batch, strict=True)) for batch in batches]
+    return [reinforce.collect_episodes(envs, policy)._asdict() for _ in range(times)]
 
 
 def logged_episodes() -> dict[int, list[tuple]]:
@@ -565,9 +554,8 @@ def test_episodes_are_what_the_environments_saw(env_id, max_episode_steps):
     seeds = torch.randint(reinforce.EVALUATION_SEED, (8,)).tolist()
     episodes = logged_episodes()
     assert [*episodes] == seeds
-    lengths = batch["lengths"].tolist()
-    assert lengths == [min(2 + seed % 4, max_episode_steps) for seed in seeds]
-    assert len(batch["rewards"]) == max(lengths) and all(len(batch[x]) == max(lengths) for x in NAMES[:-1])
+    lengths = [min(2 + seed % 4, max_episode_steps) for seed in seeds]
+    assert all(len(batch[name]) == max(lengths) for name in NAMES)
     for n, (seed, steps) in enumerate(episodes.items()):
         assert len(steps) == lengths[n]  # nothing was played past the end
         for t, (before, env_action, reward, after, terminated) in enumerate(steps):
@@ -583,7 +571,7 @@ def test_episodes_are_what_the_environments_saw(env_id, max_episode_steps):
                 played = np.clip((low + high) / 2 + (high - low) / 2 * action, low, high)
                 np.testing.assert_allclose(env_action, played.reshape(2, 2), rtol=1e-5, atol=1e-6)
         assert steps[-1][-1] == (len(steps) == 2 + seed % 4 and seed % 3 > 0)
-        for name in ("actions", "rewards", "terminated", "done"):
+        for name in ("rewards", "terminated", "done"):
             assert not batch[name][lengths[n] :, n].any()
     ends = batch["terminated"].any(0), batch["done"].any(0)
     assert ends[1].all() and not ends[0].all() and ends[0].any() == (max_episode_steps > 1)
@@ -600,11 +588,43 @@ def test_episodes_are_drawn_from_the_generator_of_torch():
 
 def test_observations_of_other_kinds_are_flattened():
     """The environment itself checks that its actions are (2, 2) and within its space."""
-    env = reinforce.make_env("stub_environments:Stub/Matrix-v0")
-    policy = reinforce.FrozenPolicy(reinforce.Agent(6, env.action_space, log_std=1.0))
-    observations, _, actions, *_, done, lengths = reinforce.collect_episodes([env], policy, 100)
-    assert observations.shape == (10, 1, 6) and actions.shape == (10, 1, 4) and lengths.tolist() == [10]
-    assert done[:, 0].tolist() == [0] * 9 + [1]
+    envs = reinforce.Environments("stub_environments:Stub/Matrix-v0", 1, 100)
+    policy = reinforce.FrozenPolicy(reinforce.Agent(6, envs.action_space, log_std=1.0))
+    rollout = reinforce.collect_episodes(envs, policy)
+    assert rollout.observations.shape == (10, 1, 6) and rollout.actions.shape == (10, 1, 4)
+    assert rollout.done[:, 0].tolist() == [False] * 9 + [True]
+
+
+def test_statistics_are_those_of_the_last_hundred_episodes_in_the_order_of_the_environments():
+    """In the order of their ends, the short episodes of a batch would be forgotten first."""
+    envs = reinforce.Environments("Reinforce/Box-v0", 64, 100)
+    policy = reinforce.FrozenPolicy(make_agent(envs.action_space))
+    assert envs.statistics() == {}
+    batches = [reinforce.collect_episodes(envs, policy) for _ in range(2)]
+    lengths = np.concatenate([batch.done.argmax(0) + 1 for batch in batches])[-100:]
+    returns = np.concatenate([batch.rewards.sum(0) for batch in batches])[-100:]
+    statistics = envs.statistics()
+    assert statistics["charts/episodic_length"] == lengths.mean()
+    assert statistics["charts/episodic_return"] == pytest.approx(returns.mean(), rel=1e-5)
+    again = reinforce.Environments("Reinforce/Box-v0", 64, 100)
+    again.load_state_dict(envs.state_dict())
+    assert again.statistics() == statistics
+
+
+class GlobalDraws(Short):
+    """Draws its rewards from NumPy's global generator, which is seeded at each reset."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, np.random.normal(), *rest
+
+
+gym.register("Reinforce/GlobalDraws-v0", GlobalDraws, kwargs={"action_space": RANGES})
+
+
+def test_episodes_of_an_environment_that_draws_from_global_generators():
+    first, again = (play("Reinforce/GlobalDraws-v0")[0] for _ in range(2))
+    assert np.array_equal(first["rewards"], again["rewards"]) and first["rewards"].any()
 
 
 @pytest.mark.parametrize(
@@ -794,24 +814,24 @@ def test_training_does_what_the_definitions_say(changes, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"total_timesteps": 0}, "total_timesteps must be at least 1, got 0"),
-        ({"num_envs": 0}, "num_envs must be at least 1"),
-        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1"),
-        ({"critic_epochs": 0}, "critic_epochs must be at least 1"),
-        ({"minibatch_size": -1}, "minibatch_size must be at least 1"),
-        ({"checkpoint_interval": 0}, "checkpoint_interval must be at least 1"),
-        ({"eval_episodes": 0}, "eval_episodes must be at least 1"),
-        ({"eval_interval": -1}, "eval_interval must be at least 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
-        ({"critic_learning_rate": -1.0}, "critic_learning_rate must be positive"),
+        ({"total_timesteps": 0}, "total_timesteps must lie in [1, inf), got 0"),
+        ({"num_envs": 0}, "num_envs must lie in [1, inf)"),
+        ({"max_episode_steps": 0}, "max_episode_steps must lie in [1, inf)"),
+        ({"critic_epochs": 0}, "critic_epochs must lie in [1, inf)"),
+        ({"minibatch_size": -1}, "minibatch_size must lie in [1, inf)"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval must lie in [1, inf)"),
+        ({"eval_episodes": 0}, "eval_episodes must lie in [1, inf)"),
+        ({"eval_interval": -1}, "eval_interval must lie in [0, inf)"),
+        ({"learning_rate": 0.0}, "learning_rate must lie in (0, inf), got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must lie in (0, inf), got nan"),
+        ({"critic_learning_rate": -1.0}, "critic_learning_rate must lie in (0, inf)"),
         ({"gamma": 1.01}, "gamma must lie in [0, 1], got 1.01"),
         ({"gamma": math.nan}, "gamma must lie in [0, 1]"),
         ({"gae_lambda": -0.1}, "gae_lambda must lie in [0, 1]"),
-        ({"seed": -1}, "seed must lie in [0, 2^32)"),
-        ({"seed": 2**32}, "seed must lie in [0, 2^32)"),
+        ({"seed": -1}, "seed must lie in [0, 4294967296)"),
+        ({"seed": 2**32}, "seed must lie in [0, 4294967296)"),
         ({"num_envs": 1, "estimator": "total_return"}, "one return, normalised, is 0"),
-        ({"resume": "a", "evaluate": "b"}, "resume and evaluate exclude each other"),
+        ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
     ],
     ids=lambda x: "-".join(f"{name}-{value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
@@ -932,7 +952,26 @@ def test_interrupted_run_of_an_environment_whose_state_cannot_be_read(tmp_path, 
     (run,) = (tmp_path / "interrupted").iterdir()
     assert f"--resume {run}" in message and "reinforce.py" in message
     assert 0 < reinforce.load_checkpoint(run)["step"] < 150
-    reinforce.main(reinforce.parse_args(["--resume", str(run)]))
+    words = ["--resume", str(run)]
+    assert f"--env-id {settings['env_id']}" in refusal(reinforce.parse_args, words)
+    reinforce.main(reinforce.parse_args([*words, "--env-id", settings["env_id"]]))
+    assert_same_run(run, reference)
+
+
+def test_terminated_run_goes_on_by_the_same_command(tmp_path):
+    """SIGTERM, as before a requeue; the second start ends as a run that nobody disturbed."""
+    settings = TINY | {"total_timesteps": 5000, "checkpoint_interval": 10**9, "eval_interval": 100}
+    reference = train(tmp_path / "reference", **settings)
+    words = flags(**settings, runs=tmp_path / "runs", run_name="job-7")
+    process = start(SCRIPT, *words, cwd=tmp_path)
+    for line in process.stdout:
+        if "evaluation" in line and "step         0" not in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output, run = process.communicate(timeout=100)[0], tmp_path / "runs" / "job-7"
+    assert process.returncode == 1 and f"--resume {run}" in output
+    assert 0 < reinforce.load_checkpoint(run)["step"] < 5000
+    reinforce.main(reinforce.parse_args(words))
     assert_same_run(run, reference)
 
 
@@ -982,7 +1021,8 @@ def test_every_estimator_trains(env_id, estimator, tmp_path, monkeypatch):
         assert {*curves["charts/episodic_length"].values()} == {40}
     before, after = recorder.iterations[0][0], reinforce.Agent.load(run).state_dict()
     for name in before:
-        assert "statistics" in name or not torch.equal(before[name], after[name])
+        fixed = "statistics" in name or "action" in name
+        assert fixed or not torch.equal(before[name], after[name])
 
 
 def test_evaluate_prints_mean_and_std_of_the_loaded_agent(finished_run, capsys):
@@ -990,7 +1030,7 @@ def test_evaluate_prints_mean_and_std_of_the_loaded_agent(finished_run, capsys):
     reinforce.main(reinforce.parse_args(words))
     agent, seed = reinforce.Agent.load(finished_run / "best.pt"), 9 + reinforce.EVALUATION_SEED
     returns = reinforce.evaluate(agent, "CartPole-v1", 3, seed)
-    expected = f"CartPole-v1: {np.mean(returns):.1f} ± {np.std(returns):.1f} over 3 episodes"
+    expected = f"CartPole-v1: {np.mean(returns):.1f} +- {np.std(returns):.1f} over 3 episodes"
     assert expected in capsys.readouterr().out
     last = [*read_curves(finished_run)["eval/episodic_return"].values()][-1]
     agent, seed = reinforce.Agent.load(finished_run), 1 + reinforce.EVALUATION_SEED
@@ -1022,7 +1062,8 @@ def test_checkpoint_of_another_script_is_refused(tmp_path):
         message = refusal(lambda words=words: reinforce.main(reinforce.parse_args(words)))
         assert str(tmp_path / "checkpoint.pt") in message and "reinforce.py" in message
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(ppo_continuous.Args())))
-    assert "not of this script" in refusal(reinforce.parse_args, ["--resume", str(tmp_path)])
+    message = refusal(reinforce.parse_args, ["--resume", str(tmp_path)])
+    assert "args.json" in message and "clip_coef" in message and "estimator" in message
 
 
 def test_rewards_that_are_not_finite_end_the_run(tmp_path):
