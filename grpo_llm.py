@@ -118,8 +118,8 @@ class Args:
     seed: int = 1  # seed of the model, the problems and the sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is a GPU if there is one
     checkpoint_interval: int = 10  # optimizer steps between checkpoints
-    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
-    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
@@ -575,8 +575,8 @@ def train(args: Args, run: Run) -> None:
 
 
 # ======================================================================================================
-# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
-# ======================================================================================================
+# Plumbing, the same in all scripts wherever it serves the same: limits of the flags, data, evaluation, model,
+# sampler, tasks, runs, files, command line. Nothing below is about the algorithm.
 
 EVALUATION_SEED = 1_000_000_000  # added to the seed: evaluations share no random numbers with the training
 
@@ -1387,7 +1387,7 @@ class Run:
     def advice(self) -> str:
         modules = f" --task {self.args.task}" if ":" in self.args.task else ""
         modules += "".join(f" --reward {reward}" for reward in self.args.reward)
-        return f"go on with: python {Path(__file__).name} --resume {self.path}{modules}"
+        return f"resume with: python {Path(__file__).name} --resume {self.path}{modules}"
 
     @property
     def seconds(self) -> float:
@@ -1692,7 +1692,7 @@ def read_args(run: str | Path) -> Args:
             with explained(f"{path} has {name} = {value!r}"):
                 typeguard.check_type(value, hints[name])
                 if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
-                    raise TypeError(f"a truth value is no {hints[name]}")
+                    raise TypeError(f"a bool is not {hints[name]}")
         return Args(**values)
 
 
@@ -1756,7 +1756,7 @@ def prepare(args: Args) -> torch.device:
 
 
 def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    """Trains, resumes or evaluates a run; returns its path."""
     device = prepare(args)
     if not args.dataset:
         make_task(args)  # refuses before there is a run directory
@@ -1767,7 +1767,7 @@ def main(args: Args) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"\nEnded at once; {run.advice}")
     except Exception:
-        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        say(f"An error ended the run at step {run.step:,}; once it is fixed, {run.advice}")
         raise
     finally:
         run.close()

@@ -5,8 +5,8 @@ GAE(lambda) (Schulman et al. 2016), and takes a few epochs of minibatch steps to
 
     maximise  E[ min(r A, clip(r, 1 - eps, 1 + eps) A) ] - vf_coef E[ (V - R)^2 / 2 ] + ent_coef E[ H(pi) ],
 
-with r = pi(a|s) / pi_old(a|s) and R = A + V, the V of the critic before the update (Schulman et al. 2017,
-equations 7 and 9). Policy and value function share the network of Mnih et al. (2015).
+where r = pi(a|s) / pi_old(a|s) and R = A + V, with V before the update (Schulman et al. 2017, equations 7 and
+9). Policy and value function share the network of Mnih et al. (2015).
 
     python ppo_atari.py --env-id ALE/Pong-v5 --seed 3
     python ppo_atari.py --resume runs/ALE-Pong-v5__ppo_atari__3__20261120-101500
@@ -14,10 +14,11 @@ equations 7 and 9). Policy and value function share the network of Mnih et al. (
     torchrun --nproc-per-node 8 ppo_atari.py --num-envs 64
 
 Evaluation on Pong after 2.5M steps, with the flags of benchmark/results/atari-fast: 17.2 +- 3.7, mean and
-standard deviation of 10 games of one seed. Unlike the paper, the script normalises advantages, keeps the
-clipping range while the learning rate falls, takes 4 epochs instead of 3, and halves the value loss, as the
-authors' code does; and it bootstraps a game that reaches its limit of 108,000 frames.
-The algorithm comes first. The plumbing follows `train`, and is the same in all scripts.
+standard deviation of 10 games of one seed. As in the authors' code and unlike the paper, the script
+normalises advantages, keeps the clipping range while the learning rate falls, takes 4 epochs instead of 3,
+gives (V - R)^2 the weight 0.25 instead of 1, and has the larger of the two usual networks. It also bootstraps
+a game that reaches its limit of 108,000 frames.
+The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -54,7 +54,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # Run
     env_id: str = "ALE/Breakout-v5"  # game, as ALE/Name-v5
@@ -67,9 +67,9 @@ class Args:
     eval_interval: int = 1_000_000  # steps between evaluations; 0: none
     eval_episodes: int = 10  # whole games of an evaluation
     checkpoint_interval: int = 100_000  # steps between checkpoints
-    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
+    checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
     checkpoint_barrier: bool = False  # start all games anew every checkpoint_interval; makes resuming exact
-    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
@@ -84,11 +84,11 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     gae_lambda: float = 0.95  # lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return
     clip_coef: float = 0.1  # eps: ratios in [1 - eps, 1 + eps] are left alone
-    target_kl: float | None = None  # end the epochs once the mean KL of one exceeds 1.5 x this; None: never
+    target_kl: float | None = None  # stop the epochs when the mean KL of one exceeds 1.5 x this; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # a gradient of a larger norm is scaled down to this one
+    max_grad_norm: float = 0.5  # gradients of a larger norm are scaled down to this norm
 
     # Logging
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the name of the run directory
@@ -357,8 +357,8 @@ def train(args: Args, run: Run) -> None:
 
 
 # ======================================================================================================
-# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
-# ======================================================================================================
+# Plumbing, the same in all scripts wherever it serves the same: limits of the flags, numerics, environments
+# and evaluation, runs, files, command line. Nothing below is about the algorithm.
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": """total_timesteps num_envs num_steps update_epochs num_minibatches eval_episodes
@@ -461,6 +461,7 @@ def compile_update(function: Callable, device: torch.device, name: str = "update
     """The update, or the policy, compiled into one graph, or the function itself if there is no compiler."""
     from torch._inductor.compile_fx import compile_fx  # not above: it takes a second
 
+    torch._dynamo.reset()  # it gives up on a function that was compiled 8 times, in earlier runs too
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
     # On a CPU, calls from kernel to kernel in C++ instead of Python, and without their checks.
@@ -835,7 +836,7 @@ class Run:
     @property
     def advice(self) -> str:
         program = "python" if world_size() == 1 else "torchrun ..."
-        return f"go on with: {program} {Path(__file__).name} --resume {self.path}"
+        return f"resume with: {program} {Path(__file__).name} --resume {self.path}"
 
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
@@ -901,6 +902,7 @@ class Run:
             minutes = (time.perf_counter() - self.saved_at) / 60
             if last or self.due(args.checkpoint_interval) or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+                self.saved_at = time.perf_counter()
             self.progress.update(self.step - self.last_step)
 
     def due(self, interval: int) -> bool:
@@ -954,7 +956,7 @@ class Run:
         return returns.mean().item()
 
     def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
+        """Saves all state by name; ends the run instead if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.state["agent"].parameters()):
             where = f"The weights are not finite at step {self.step:,}; make steps smaller"
             raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
@@ -965,7 +967,6 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         save_checkpoint(self.path / name, state)
-        self.saved_at = time.perf_counter()
 
     def close(self) -> None:
         """Closes logs and environments, and gives the signals back."""
@@ -1076,7 +1077,7 @@ def read_args(run: str | Path) -> Args:
             with explained(f"{path} has {name} = {value!r}"):
                 typeguard.check_type(value, hints[name])
                 if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
-                    raise TypeError(f"a truth value is no {hints[name]}")
+                    raise TypeError(f"a bool is not {hints[name]}")
         return Args(**values)
 
 
@@ -1130,7 +1131,7 @@ def prepare(args: Args) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    """Trains, resumes or evaluates a run; returns its path."""
     prepare(args)
     check_game(args.env_id)  # refuses before there is a run directory
     if args.evaluate:
@@ -1154,7 +1155,7 @@ def main(args: Args) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"\nEnded at once; {run.advice}")
     except Exception:
-        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        say(f"An error ended the run at step {run.step:,}; once it is fixed, {run.advice}")
         raise
     finally:
         run.close()

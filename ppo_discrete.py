@@ -5,8 +5,8 @@ GAE(lambda) (Schulman et al. 2016), and takes a few epochs of minibatch steps to
 
     maximise  E[ min(r A, clip(r, 1 - eps, 1 + eps) A) ] - vf_coef E[ (V - R)^2 / 2 ] + ent_coef E[ H(pi) ],
 
-with r = pi(a|s) / pi_old(a|s) and R = A + V, the V of the critic before the update (Schulman et al. 2017,
-equations 7 and 9).
+where r = pi(a|s) / pi_old(a|s) and R = A + V, with V before the update (Schulman et al. 2017, equations 7 and
+9).
 
     python ppo_discrete.py --env-id Acrobot-v1 --seed 3
     python ppo_discrete.py --resume runs/Acrobot-v1__ppo_discrete__3__20261120-101500
@@ -14,7 +14,7 @@ equations 7 and 9).
 
 Greedy evaluation after 100k steps: CartPole-v1 500 in 5 of 5 seeds (benchmark/results/classic). Beyond the
 paper, as most implementations do it: advantages are normalised in each minibatch, and gradients of a large
-norm are scaled down. The algorithm comes first. The plumbing follows `train`, and is the same in all scripts.
+norm are scaled down. The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
 
@@ -47,19 +46,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # Run
     env_id: str = "CartPole-v1"  # of Gymnasium, with discrete actions; module:Name-v0 imports module first
     seed: int = 1  # seed of the environments, the networks and the sampling
     total_timesteps: int = 100_000  # environment steps, rounded up to whole iterations
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto is the CPU, faster here
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto: the CPU, faster here
     compile: bool = True  # compile the update, several times faster; it runs eagerly without a compiler
     eval_interval: int = 25_000  # environment steps between evaluations of the greedy policy; 0: none
     eval_episodes: int = 10  # episodes of an evaluation
     checkpoint_interval: int = 25_000  # environment steps between checkpoints
-    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
-    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
@@ -74,11 +73,11 @@ class Args:
     gamma: float = 0.99  # discount factor, in [0, 1]
     gae_lambda: float = 0.95  # lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return
     clip_coef: float = 0.2  # eps: ratios in [1 - eps, 1 + eps] are left alone
-    target_kl: float | None = None  # end the epochs once the mean KL of one exceeds 1.5 x this; None: never
+    target_kl: float | None = None  # stop the epochs when the mean KL of one exceeds 1.5 x this; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; lower it for a shared_network with large returns
-    max_grad_norm: float = 0.5  # a gradient of a larger norm is scaled down to this one
+    max_grad_norm: float = 0.5  # gradients of a larger norm are scaled down to this norm
 
     # Logging
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the name of the run directory
@@ -100,10 +99,11 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights of gain sqrt(2), the last `output_gain`."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
+        linear = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    nn.init.orthogonal_(linear.weight, output_gain)
     return nn.Sequential(*layers[:-1])
 
 
@@ -300,7 +300,8 @@ def train(args: Args, run: Run) -> None:
 
 
 # ======================================================================================================
-# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
+# Plumbing, the same in all scripts wherever it serves the same: limits of the flags, numerics, environments
+# and evaluation, runs, files, command line. Nothing below is about the algorithm.
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": """total_timesteps num_envs num_steps update_epochs num_minibatches eval_episodes
@@ -403,6 +404,7 @@ def compile_update(update: Callable[..., Tensor], device: torch.device) -> Calla
     """The update compiled into one graph, or the update itself if there is no compiler."""
     from torch._inductor.compile_fx import compile_fx  # not above: it takes a second
 
+    torch._dynamo.reset()  # it gives up on a function that was compiled 8 times, in earlier runs too
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
     # Calls from kernel to kernel in C++ instead of Python, and without their checks: a quarter faster.
@@ -463,7 +465,7 @@ class FrozenPolicy:
 
 # --------------------------------------------------------------------------- environments and evaluation
 
-EVALUATION_SEED = 1_000_000_000  # added to the seed; episodes of the training have seeds below
+EVALUATION_SEED = 1_000_000_000  # added to --seed in evaluations; training episodes have smaller seeds
 MAX_EPISODE_STEPS = 10_000  # of an environment that has no time limit of its own
 
 
@@ -526,10 +528,10 @@ class Environments:
     """N environments side by side. In the step that ends an episode, the next episode begins.
 
     By Gymnasium's contract, the seed of a reset and the actions since determine an episode. So a checkpoint
-    holds these two, for any environment, and resuming plays the actions again.
+    holds the seed and the actions, and resuming replays them.
 
-    The first episode of environment i may last 1 - i/N of the time limit, so that the time limits do not fall
-    together. Otherwise every batch would cover the same short stretch of all episodes.
+    The first episode of environment i is limited to 1 - i/N of the time limit. This staggers the time limits.
+    Otherwise all episodes would end together, and a batch would cover the same part of each.
     """
 
     def __init__(self, env_id: str, num_envs: int):
@@ -591,7 +593,7 @@ class Environments:
         return {name: torch.tensor(x) for name, x in arrays.items()} | {"finished": list(self.finished)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Plays the saved episodes again; begins new ones, and says so, if they come out otherwise."""
+        """Replays the saved episodes. If they differ from the saved ones, says so and begins new ones."""
         self.finished.extend(state["finished"])
         saved = {name: x.numpy() for name, x in state.items() if name != "finished"}
         actions, self.limits = saved["actions"], saved["limits"].copy()
@@ -656,12 +658,12 @@ def evaluate(
 class Run:
     """One run: its directory, curves, checkpoints and videos; progress, interruption and resuming.
 
-    `train` names everything that has state once, in `start`, and then loops over `iterations`.
+    `train` passes everything that has state to `start`, by name, and then loops over `iterations`.
     """
 
     def __init__(self, args: Args):
         self.args, self.path, self.state = args, make_directory(args), {}
-        # A copy, since `train` may change args. Where a run is found does not belong to it.
+        # A copy, since `train` may change args; without the flags that say where the run is.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.step = self.last_step = 0  # environment steps, now and before this iteration
         self.elapsed, self.best_return = 0.0, -math.inf  # seconds of training, best evaluation
@@ -669,11 +671,12 @@ class Run:
         self.logged = self.progress = self.writer = self.wandb = None
         self.interrupted = False
         self.checkpoint = load_checkpoint(self.path) if any(self.path.glob("checkpoint*.pt")) else {}
-        if saved := self.checkpoint.get("args"):
+        if self.checkpoint:
+            saved = self.checkpoint["args"]
             refuse_changes(saved, self.arguments, MAY_CHANGE)
             self.step, self.elapsed = self.checkpoint["step"], self.checkpoint["elapsed"]
             self.best_return = self.checkpoint["best_return"]
-            if args.total_timesteps < min(saved["total_timesteps"], self.step + 1):
+            if args.total_timesteps < saved["total_timesteps"] and args.total_timesteps <= self.step:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --total-timesteps")
         write_file(self.path / "args.json", json.dumps(self.arguments, indent=2))
         say(f"Run directory: {self.path}")
@@ -693,10 +696,10 @@ class Run:
     @property
     def advice(self) -> str:
         module = f" --env-id {self.args.env_id}" if ":" in self.args.env_id else ""
-        return f"go on with: python {Path(__file__).name} --resume {self.path}{module}"
+        return f"resume with: python {Path(__file__).name} --resume {self.path}{module}"
 
     def start(self, **state) -> None:
-        """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
+        """Takes, by name, everything with state: tensors, and objects with state_dict and load_state_dict.
 
         Restores the last checkpoint if there is one, opens the logs, and evaluates a new run.
         """
@@ -718,7 +721,8 @@ class Run:
 
             place = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
             place |= {"id": self.path.name, "resume": "allow", "dir": str(self.path.parent)}
-            self.wandb = wandb.init(**place, config=self.arguments)
+            wandb.init(**place, config=self.arguments)
+            self.wandb = wandb
         # Points after the checkpoint are purged; they will be logged again.
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if self.step else 0)
         if self.step == 0 and self.args.eval_interval:
@@ -751,6 +755,7 @@ class Run:
             minutes = (time.perf_counter() - self.saved_at) / 60
             if last or self.due(args.checkpoint_interval) or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+                self.saved_at = time.perf_counter()
             self.progress.update(self.step - self.last_step)
 
     def due(self, interval: int) -> bool:
@@ -795,14 +800,13 @@ class Run:
         returns = evaluate(self.state["agent"], args.env_id, args.eval_episodes, seed, videos, video)
         self.write({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
         if self.wandb and videos:
-            import wandb
-
-            self.wandb.log({"video": wandb.Video(str(videos / f"{video}-episode-0.mp4"))}, step=self.step)
+            recording = self.wandb.Video(str(videos / f"{video}-episode-0.mp4"))
+            self.wandb.log({"video": recording}, step=self.step)
         say(f"step {self.step:>9,}: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
         return returns.mean().item()
 
     def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
+        """Saves all state by name; ends the run instead if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.state["agent"].parameters()):
             where = f"The weights are not finite at step {self.step:,}; make steps smaller"
             raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
@@ -813,7 +817,6 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         save_checkpoint(self.path / name, state)
-        self.saved_at = time.perf_counter()
 
     def close(self) -> None:
         """Closes logs and environments, and gives the signals back."""
@@ -924,7 +927,7 @@ def read_args(run: str | Path) -> Args:
             with explained(f"{path} has {name} = {value!r}"):
                 typeguard.check_type(value, hints[name])
                 if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
-                    raise TypeError(f"a truth value is no {hints[name]}")
+                    raise TypeError(f"a bool is not {hints[name]}")
         return Args(**values)
 
 
@@ -974,7 +977,7 @@ def prepare(args: Args) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    """Trains, resumes or evaluates a run; returns its path."""
     prepare(args)
     if args.evaluate:
         path = Path(args.evaluate)
@@ -982,8 +985,7 @@ def main(args: Args) -> Path:
         seed = args.seed + EVALUATION_SEED
         refuse_changes(load_checkpoint(path)["args"], dataclasses.asdict(args), MAY_CHANGE_IN_EVALUATION)
         returns = evaluate(Agent.load(path), args.env_id, args.eval_episodes, seed, videos, "evaluation")
-        score = f"{returns.mean():.1f} +- {returns.std():.1f}"
-        print(f"{args.env_id}: {score} over {args.eval_episodes} episodes")
+        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
         return path
     make_env(args.env_id).close()  # refuses before there is a run directory
     torch.manual_seed(args.seed)
@@ -993,7 +995,7 @@ def main(args: Args) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"\nEnded at once; {run.advice}")
     except Exception:
-        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        say(f"An error ended the run at step {run.step:,}; once it is fixed, {run.advice}")
         raise
     finally:
         run.close()

@@ -14,9 +14,9 @@ et al. 2016, section 2:
     advantage      GAE(lambda) (Schulman et al. 2016, equation 16)
     td_residual    r_t + gamma V(s_t+1) - V(s_t)
 
-The first three are unbiased for any V, except where a time limit cuts an episode, and each is less noisy than
-the one before. The other three have the bias of V; those that subtract V are the least noisy. The noise is
-logged: the trace of the covariance of g over the episodes of a batch.
+The first three are unbiased for any V, except where a time limit cuts an episode, and each is usually less
+noisy than the one before. The other three have the bias of V; `advantage` is the least noisy of all once V is
+learned. The noise is logged: the trace of the covariance of g over the episodes of a batch.
 
     python reinforce.py --estimator baseline --seed 3
     python reinforce.py --resume runs/CartPole-v1__reinforce__3__20261120-101500
@@ -26,7 +26,7 @@ Mean of the last 100 episodes of 300k steps: CartPole-v1 500 in each of 5 seeds 
 Beyond the paper: a critic, normalised observations and Psi, and g divided by the mean length of the episodes
 before, because Adam is slow to follow gradients that grow with the episodes. As usual in practice, g lacks
 the factor gamma^t of the gradient of the discounted return, except for G_0: `--discount-states` adds it.
-The algorithm comes first. The plumbing follows `train`, and is the same in all scripts.
+The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Args:
     env_id: str = "CartPole-v1"  # of Gymnasium, Discrete or a Box; module:Name-v0 imports module first
     seed: int = 1  # seed of the environments, the networks and the sampling
     total_timesteps: int = 300_000  # environment steps; the batch that reaches them is finished
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto is the CPU, faster here
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto: the CPU, faster here
     eval_interval: int = 100_000  # environment steps between evaluations of the deterministic policy; 0: none
     eval_episodes: int = 10  # episodes of an evaluation
     checkpoint_interval: int = 100_000  # environment steps between checkpoints
-    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
-    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
@@ -110,10 +110,11 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights of gain sqrt(2), the last `output_gain`."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
+        linear = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    nn.init.orthogonal_(linear.weight, output_gain)
     return nn.Sequential(*layers[:-1])
 
 
@@ -310,8 +311,8 @@ def train(args: Args, run: Run) -> None:
         valid = np.arange(len(rollout.done))[:, None] < lengths  # (T, N), the rest is padding
         run.step += int(lengths.sum())
         if progress == 0:
-            # Played without statistics, scored with them: the two policies agree, because the last layer of
-            # the actor starts with gain 0.01, and its output is near 0 whatever it is shown.
+            # The first rollout is played unnormalised and scored normalised. The two policies nearly agree:
+            # the last layer of the actor starts with gain 0.01, so its output is near 0 for any input.
             agent.observation_statistics.update(rollout.observations[valid])
             policy = FrozenPolicy(agent)
 
@@ -361,7 +362,8 @@ def train(args: Args, run: Run) -> None:
 
 
 # ======================================================================================================
-# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
+# Plumbing, the same in all scripts wherever it serves the same: limits of the flags, numerics, environments
+# and evaluation, runs, files, command line. Nothing below is about the algorithm.
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": "total_timesteps num_envs max_episode_steps critic_epochs minibatch_size eval_episodes "
@@ -506,7 +508,7 @@ class FrozenPolicy:
 
 # --------------------------------------------------------------------------- environments and evaluation
 
-EVALUATION_SEED = 1_000_000_000  # added to the seed; episodes of the training have seeds below
+EVALUATION_SEED = 1_000_000_000  # added to --seed in evaluations; training episodes have smaller seeds
 MAX_EPISODE_STEPS = 10_000  # of an environment that has no time limit of its own
 
 
@@ -533,12 +535,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
     if render_mode:
-        try:
+        hint = "without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa for MuJoCo"
+        with explained(f"Cannot record {env_id}, {hint}"):
             env.reset()
             env.render()
-        except Exception as error:
-            hint = "without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa for MuJoCo"
-            raise SystemExit(f"Cannot record {env_id}, {hint} ({error})")
     return env
 
 
@@ -642,12 +642,12 @@ def evaluate(
 class Run:
     """One run: its directory, curves, checkpoints and videos; progress, interruption and resuming.
 
-    `train` names everything that has state once, in `start`, and then loops over `iterations`.
+    `train` passes everything that has state to `start`, by name, and then loops over `iterations`.
     """
 
     def __init__(self, args: Args):
         self.args, self.path, self.state = args, make_directory(args), {}
-        # A copy, since `train` may change args. Where a run is found does not belong to it.
+        # A copy, since `train` may change args; without the flags that say where the run is.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.step = self.last_step = 0  # environment steps, now and before this iteration
         self.elapsed, self.best_return = 0.0, -math.inf  # seconds of training, best evaluation
@@ -655,11 +655,12 @@ class Run:
         self.logged = self.progress = self.writer = self.wandb = None
         self.interrupted = False
         self.checkpoint = load_checkpoint(self.path) if any(self.path.glob("checkpoint*.pt")) else {}
-        if saved := self.checkpoint.get("args"):
+        if self.checkpoint:
+            saved = self.checkpoint["args"]
             refuse_changes(saved, self.arguments, MAY_CHANGE)
             self.step, self.elapsed = self.checkpoint["step"], self.checkpoint["elapsed"]
             self.best_return = self.checkpoint["best_return"]
-            if args.total_timesteps < min(saved["total_timesteps"], self.step + 1):
+            if args.total_timesteps < saved["total_timesteps"] and args.total_timesteps <= self.step:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --total-timesteps")
         write_file(self.path / "args.json", json.dumps(self.arguments, indent=2))
         say(f"Run directory: {self.path}")
@@ -679,10 +680,10 @@ class Run:
     @property
     def advice(self) -> str:
         module = f" --env-id {self.args.env_id}" if ":" in self.args.env_id else ""
-        return f"go on with: python {Path(__file__).name} --resume {self.path}{module}"
+        return f"resume with: python {Path(__file__).name} --resume {self.path}{module}"
 
     def start(self, **state) -> None:
-        """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
+        """Takes, by name, everything with state: tensors, and objects with state_dict and load_state_dict.
 
         Restores the last checkpoint if there is one, opens the logs, and evaluates a new run.
         """
@@ -704,7 +705,8 @@ class Run:
 
             place = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
             place |= {"id": self.path.name, "resume": "allow", "dir": str(self.path.parent)}
-            self.wandb = wandb.init(**place, config=self.arguments)
+            wandb.init(**place, config=self.arguments)
+            self.wandb = wandb
         # Points after the checkpoint are purged; they will be logged again.
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if self.step else 0)
         if self.step == 0 and self.args.eval_interval:
@@ -737,6 +739,7 @@ class Run:
             minutes = (time.perf_counter() - self.saved_at) / 60
             if last or self.due(args.checkpoint_interval) or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+                self.saved_at = time.perf_counter()
             self.progress.update(self.step - self.last_step)
 
     def due(self, interval: int) -> bool:
@@ -781,14 +784,13 @@ class Run:
         returns = evaluate(self.state["agent"], args.env_id, args.eval_episodes, seed, videos, video)
         self.write({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
         if self.wandb and videos:
-            import wandb
-
-            self.wandb.log({"video": wandb.Video(str(videos / f"{video}-episode-0.mp4"))}, step=self.step)
+            recording = self.wandb.Video(str(videos / f"{video}-episode-0.mp4"))
+            self.wandb.log({"video": recording}, step=self.step)
         say(f"step {self.step:>9,}: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
         return returns.mean().item()
 
     def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
+        """Saves all state by name; ends the run instead if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.state["agent"].parameters()):
             where = f"The weights are not finite at step {self.step:,}; make steps smaller"
             raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
@@ -799,7 +801,6 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         save_checkpoint(self.path / name, state)
-        self.saved_at = time.perf_counter()
 
     def close(self) -> None:
         """Closes logs and environments, and gives the signals back."""
@@ -910,7 +911,7 @@ def read_args(run: str | Path) -> Args:
             with explained(f"{path} has {name} = {value!r}"):
                 typeguard.check_type(value, hints[name])
                 if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
-                    raise TypeError(f"a truth value is no {hints[name]}")
+                    raise TypeError(f"a bool is not {hints[name]}")
         return Args(**values)
 
 
@@ -965,7 +966,7 @@ def prepare(args: Args) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    """Trains, resumes or evaluates a run; returns its path."""
     prepare(args)
     if args.evaluate:
         path = Path(args.evaluate)
@@ -973,8 +974,7 @@ def main(args: Args) -> Path:
         seed = args.seed + EVALUATION_SEED
         refuse_changes(load_checkpoint(path)["args"], dataclasses.asdict(args), MAY_CHANGE_IN_EVALUATION)
         returns = evaluate(Agent.load(path), args.env_id, args.eval_episodes, seed, videos, "evaluation")
-        score = f"{returns.mean():.1f} +- {returns.std():.1f}"
-        print(f"{args.env_id}: {score} over {args.eval_episodes} episodes")
+        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
         return path
     make_env(args.env_id).close()  # refuses before there is a run directory
     torch.manual_seed(args.seed)
@@ -984,7 +984,7 @@ def main(args: Args) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"\nEnded at once; {run.advice}")
     except Exception:
-        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        say(f"An error ended the run at step {run.step:,}; once it is fixed, {run.advice}")
         raise
     finally:
         run.close()

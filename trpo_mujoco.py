@@ -7,9 +7,9 @@ GAE(lambda) (Schulman et al. 2016), and takes one step that should
 
 (Schulman et al. 2015, equation 14). With g the gradient of L, and F the Hessian of the KL at pi_old, which is
 the Fisher matrix, conjugate gradient solves F x = g. The full step is sqrt(2 delta / x'Fx) x, where the
-quadratic model of the KL reaches delta. A line search shortens it until the KL itself is at most delta and L
-has grown (appendix C). `--step-rule` has two older rules: the full step without the line search, which is the
-natural gradient (Kakade 2001), and a line search along g, without a trust region.
+quadratic model of the KL reaches delta, up to the damping of F. A line search shortens it until the KL itself
+is at most delta and L has grown (appendix C). `--step-rule` has two older rules: the full step without the
+line search, which is the natural gradient (Kakade 2001), and a line search along g, without a trust region.
 
     python trpo_mujoco.py --env-id Hopper-v5 --seed 3
     python trpo_mujoco.py --resume runs/Hopper-v5__trpo_mujoco__3__20261120-101500
@@ -20,7 +20,7 @@ Deterministic evaluation after 1M steps: HalfCheetah-v5 6318 +- 1534, mean and s
 multiple of the identity added to F, which bounds x where the batch says little about the policy; and a radius
 delta that falls linearly to 0, because steps of full size can undo what was learned, once the advantages are
 only noise (the paper keeps it constant: `--no-anneal-kl`).
-The algorithm comes first. The plumbing follows `train`, and is the same in all scripts.
+The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # of Gymnasium, with a Box of actions; module:Name-v0 imports module first
     seed: int = 1  # seed of the environments, the networks and the sampling
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole iterations
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto is the CPU, faster here
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto: the CPU, faster here
     compile: bool = True  # compile the update of the critic; it runs eagerly without a compiler
     eval_interval: int = 100_000  # environment steps between evaluations of the deterministic policy; 0: none
     eval_episodes: int = 10  # episodes of an evaluation
     checkpoint_interval: int = 100_000  # environment steps between checkpoints
-    checkpoint_minutes: float = 10  # a checkpoint is saved at least this often, too
-    run_name: str | None = None  # fixed name of the run directory; the run goes on if it is there already
+    checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
 
@@ -110,17 +110,18 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights of gain sqrt(2), the last `output_gain`."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, output_gain)
+        linear = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(linear.weight, math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    nn.init.orthogonal_(linear.weight, output_gain)
     return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function, with the statistics and action bounds that belong to them.
+    """Gaussian policy and value function, with statistics for normalisation and action bounds.
 
-    Both networks see normalised observations. A raw action in [-1, 1] covers the range of the environment.
+    Both networks see normalised observations. Raw actions in [-1, 1] cover the range of the environment.
     """
 
     def __init__(self, observation_size: int, action_low, action_high, log_std: float = 0.0):
@@ -224,7 +225,7 @@ def fisher_vector_product(kl_gradient: Tensor, parameters: list[Tensor], v: Tens
 def natural_gradient_step(
     matvec: Callable[[Tensor], Tensor], gradient: Tensor, max_kl: float, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """The full step (P,), and the squared residual of F x = g; `matvec` returns F v.
+    """The full step (P,), and the squared residual of F x = g; `matvec` returns F v, with F damped.
 
     Schulman et al. 2015, appendix C: sqrt(2 delta / x'Fx) x has a KL of delta in the quadratic model.
     """
@@ -329,7 +330,7 @@ def make_update(agent: Agent, optimizer: Adam, args: Args) -> Callable[..., Tens
 
 
 class Rollout(NamedTuple):
-    """T steps in each of N environments, as these give them."""
+    """T steps in each of N environments, as they return them."""
 
     observations: np.ndarray  # (T, N, D)
     actions: np.ndarray  # (T, N, A), raw
@@ -357,8 +358,8 @@ def train(args: Args, run: Run) -> None:
     space = envs.action_space
     agent = Agent(envs.observations.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init)
     optimizer = Adam(agent.to(device).critic.parameters(), args.learning_rate)
-    gathered = torch.zeros(args.num_envs)  # discounted returns of the current episodes, for scale_rewards
-    run.start(agent=agent, envs=envs, optimizer=optimizer, gathered=gathered)
+    discounted_returns = torch.zeros(args.num_envs)  # of the current episodes
+    run.start(agent=agent, envs=envs, optimizer=optimizer, discounted_returns=discounted_returns)
     update = make_update(agent, optimizer, args)
 
     for progress in run.iterations(args.batch_size):
@@ -370,8 +371,8 @@ def train(args: Args, run: Run) -> None:
         policy = FrozenPolicy(agent)
         rollout = collect_rollout(envs, policy, args.num_steps)
         if progress == 0:
-            # Played without statistics, scored with them: the two policies agree, because the last layer of
-            # the actor starts with gain 0.01, and its means are near 0 whatever it is shown.
+            # The first rollout is played unnormalised and scored normalised. The two policies nearly agree:
+            # the last layer of the actor starts with gain 0.01, so its means are near 0 for any input.
             agent.observation_statistics.update(rollout.observations)
             policy = FrozenPolicy(agent)
 
@@ -380,7 +381,7 @@ def train(args: Args, run: Run) -> None:
         next_observations = torch.from_numpy(policy.normalize(rollout.next_observations)).to(device)
         actions = torch.from_numpy(rollout.actions).flatten(0, 1).to(device)
         rewards, terminated, done = (torch.from_numpy(x) for x in rollout[-3:])
-        rewards = scale_rewards(rewards, done, gathered, args.gamma, agent.return_statistics)
+        rewards = scale_rewards(rewards, done, discounted_returns, args.gamma, agent.return_statistics)
         rewards, terminated, done = rewards.to(device), terminated.to(device), done.to(device)
         with torch.no_grad():
             values, next_values = agent.value(observations), agent.value(next_observations)
@@ -412,7 +413,8 @@ def train(args: Args, run: Run) -> None:
 
 
 # ======================================================================================================
-# Plumbing, the same in all scripts wherever it serves the same. Nothing below is about the algorithm.
+# Plumbing, the same in all scripts wherever it serves the same: limits of the flags, numerics, environments
+# and evaluation, runs, files, command line. Nothing below is about the algorithm.
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": "total_timesteps num_envs num_steps cg_iterations max_backtracks critic_epochs "
@@ -495,20 +497,19 @@ def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def scale_rewards(
-    rewards: Tensor, done: Tensor, discounted_return: Tensor, gamma: float, statistics: RunningStatistics
+    rewards: Tensor, done: Tensor, discounted_returns: Tensor, gamma: float, statistics: RunningStatistics
 ) -> Tensor:
     """Rewards (T, N) over the standard deviation of the discounted return so far, clipped to [-10, 10].
 
-    The mean is not subtracted: that would add a constant to every step, and so change what the length of an
-    episode is worth. `discounted_return` (N,) is what the current episodes have gathered; it and the
-    statistics are updated in place.
+    The mean is not subtracted: a constant added to every reward would favour long episodes, or short ones.
+    `discounted_returns` (N,) of the current episodes and the statistics are updated in place.
     """
     # G[t] = r[t] + gamma (1 - done[t - 1]) G[t - 1], after the G carried over: discounted_sum, time reversed.
-    carried_and_rewards = torch.cat((discounted_return[None], rewards))
+    carried_and_rewards = torch.cat((discounted_returns[None], rewards))
     done_before = torch.cat((done.new_zeros(2, done.shape[1]), done[:-1]))
     decay = gamma * (1 - done_before.to(rewards.dtype))
     discounted = discounted_sum(carried_and_rewards.flip(0), decay.flip(0)).flip(0)[1:]
-    discounted_return.copy_(discounted[-1] * (1 - done[-1].to(rewards.dtype)))
+    discounted_returns.copy_(discounted[-1] * (1 - done[-1].to(rewards.dtype)))
     statistics.update(discounted.numpy())
     return (rewards / (statistics.variance.cpu() + 1e-8).sqrt()).clamp(-10, 10)
 
@@ -558,6 +559,7 @@ def compile_update(update: Callable[..., Tensor], device: torch.device) -> Calla
     """The update compiled into one graph, or the update itself if there is no compiler."""
     from torch._inductor.compile_fx import compile_fx  # not above: it takes a second
 
+    torch._dynamo.reset()  # it gives up on a function that was compiled 8 times, in earlier runs too
     # Without this, tracing stops at the gradient, and the update is no longer one graph.
     torch._dynamo.config.trace_autograd_ops = True
     # Calls from kernel to kernel in C++ instead of Python, and without their checks: a quarter faster.
@@ -583,9 +585,9 @@ def compile_update(update: Callable[..., Tensor], device: torch.device) -> Calla
 
 
 class FrozenPolicy:
-    """A copy of the policy in NumPy, which has a fraction of the overhead of PyTorch for a few rows.
+    """A copy of the policy in NumPy, which has less overhead than PyTorch for a few rows.
 
-    If the actor has other layers than Linear and Tanh, PyTorch evaluates it, and it is not a copy.
+    An actor with layers other than Linear and Tanh is not copied: PyTorch evaluates it.
     """
 
     def __init__(self, agent: Agent):
@@ -630,7 +632,7 @@ class FrozenPolicy:
 
 # --------------------------------------------------------------------------- environments and evaluation
 
-EVALUATION_SEED = 1_000_000_000  # added to the seed; episodes of the training have seeds below
+EVALUATION_SEED = 1_000_000_000  # added to --seed in evaluations; training episodes have smaller seeds
 MAX_EPISODE_STEPS = 10_000  # of an environment that has no time limit of its own
 
 
@@ -660,12 +662,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
     if render_mode:
-        try:
+        hint = "without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa for MuJoCo"
+        with explained(f"Cannot record {env_id}, {hint}"):
             env.reset()
             env.render()
-        except Exception as error:
-            hint = "without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa for MuJoCo"
-            raise SystemExit(f"Cannot record {env_id}, {hint} ({error})")
     return env
 
 
@@ -685,10 +685,10 @@ class Environments:
     """N environments side by side. In the step that ends an episode, the next episode begins.
 
     By Gymnasium's contract, the seed of a reset and the actions since determine an episode. So a checkpoint
-    holds these two, for any environment, and resuming plays the actions again.
+    holds the seed and the actions, and resuming replays them.
 
-    The first episode of environment i may last 1 - i/N of the time limit, so that the time limits do not fall
-    together. Otherwise every batch would cover the same short stretch of all episodes.
+    The first episode of environment i is limited to 1 - i/N of the time limit. This staggers the time limits.
+    Otherwise all episodes would end together, and a batch would cover the same part of each.
     """
 
     def __init__(self, env_id: str, num_envs: int):
@@ -750,7 +750,7 @@ class Environments:
         return {name: torch.tensor(x) for name, x in arrays.items()} | {"finished": list(self.finished)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Plays the saved episodes again; begins new ones, and says so, if they come out otherwise."""
+        """Replays the saved episodes. If they differ from the saved ones, says so and begins new ones."""
         self.finished.extend(state["finished"])
         saved = {name: x.numpy() for name, x in state.items() if name != "finished"}
         actions, self.limits = saved["actions"], saved["limits"].copy()
@@ -814,12 +814,12 @@ def evaluate(
 class Run:
     """One run: its directory, curves, checkpoints and videos; progress, interruption and resuming.
 
-    `train` names everything that has state once, in `start`, and then loops over `iterations`.
+    `train` passes everything that has state to `start`, by name, and then loops over `iterations`.
     """
 
     def __init__(self, args: Args):
         self.args, self.path, self.state = args, make_directory(args), {}
-        # A copy, since `train` may change args. Where a run is found does not belong to it.
+        # A copy, since `train` may change args; without the flags that say where the run is.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.step = self.last_step = 0  # environment steps, now and before this iteration
         self.elapsed, self.best_return = 0.0, -math.inf  # seconds of training, best evaluation
@@ -827,11 +827,12 @@ class Run:
         self.logged = self.progress = self.writer = self.wandb = None
         self.interrupted = False
         self.checkpoint = load_checkpoint(self.path) if any(self.path.glob("checkpoint*.pt")) else {}
-        if saved := self.checkpoint.get("args"):
+        if self.checkpoint:
+            saved = self.checkpoint["args"]
             refuse_changes(saved, self.arguments, MAY_CHANGE)
             self.step, self.elapsed = self.checkpoint["step"], self.checkpoint["elapsed"]
             self.best_return = self.checkpoint["best_return"]
-            if args.total_timesteps < min(saved["total_timesteps"], self.step + 1):
+            if args.total_timesteps < saved["total_timesteps"] and args.total_timesteps <= self.step:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --total-timesteps")
         write_file(self.path / "args.json", json.dumps(self.arguments, indent=2))
         say(f"Run directory: {self.path}")
@@ -851,10 +852,10 @@ class Run:
     @property
     def advice(self) -> str:
         module = f" --env-id {self.args.env_id}" if ":" in self.args.env_id else ""
-        return f"go on with: python {Path(__file__).name} --resume {self.path}{module}"
+        return f"resume with: python {Path(__file__).name} --resume {self.path}{module}"
 
     def start(self, **state) -> None:
-        """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
+        """Takes, by name, everything with state: tensors, and objects with state_dict and load_state_dict.
 
         Restores the last checkpoint if there is one, opens the logs, and evaluates a new run.
         """
@@ -876,7 +877,8 @@ class Run:
 
             place = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity}
             place |= {"id": self.path.name, "resume": "allow", "dir": str(self.path.parent)}
-            self.wandb = wandb.init(**place, config=self.arguments)
+            wandb.init(**place, config=self.arguments)
+            self.wandb = wandb
         # Points after the checkpoint are purged; they will be logged again.
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if self.step else 0)
         if self.step == 0 and self.args.eval_interval:
@@ -909,6 +911,7 @@ class Run:
             minutes = (time.perf_counter() - self.saved_at) / 60
             if last or self.due(args.checkpoint_interval) or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+                self.saved_at = time.perf_counter()
             self.progress.update(self.step - self.last_step)
 
     def due(self, interval: int) -> bool:
@@ -953,14 +956,13 @@ class Run:
         returns = evaluate(self.state["agent"], args.env_id, args.eval_episodes, seed, videos, video)
         self.write({"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
         if self.wandb and videos:
-            import wandb
-
-            self.wandb.log({"video": wandb.Video(str(videos / f"{video}-episode-0.mp4"))}, step=self.step)
+            recording = self.wandb.Video(str(videos / f"{video}-episode-0.mp4"))
+            self.wandb.log({"video": recording}, step=self.step)
         say(f"step {self.step:>9,}: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
         return returns.mean().item()
 
     def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
+        """Saves all state by name; ends the run instead if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.state["agent"].parameters()):
             where = f"The weights are not finite at step {self.step:,}; make steps smaller"
             raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
@@ -971,7 +973,6 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         save_checkpoint(self.path / name, state)
-        self.saved_at = time.perf_counter()
 
     def close(self) -> None:
         """Closes logs and environments, and gives the signals back."""
@@ -1082,7 +1083,7 @@ def read_args(run: str | Path) -> Args:
             with explained(f"{path} has {name} = {value!r}"):
                 typeguard.check_type(value, hints[name])
                 if isinstance(value, bool) and hints[name] is not bool:  # an int for typeguard
-                    raise TypeError(f"a truth value is no {hints[name]}")
+                    raise TypeError(f"a bool is not {hints[name]}")
         return Args(**values)
 
 
@@ -1137,7 +1138,7 @@ def prepare(args: Args) -> None:
 
 
 def main(args: Args) -> Path:
-    """Trains, goes on with a run, or evaluates one; returns the run directory."""
+    """Trains, resumes or evaluates a run; returns its path."""
     prepare(args)
     if args.evaluate:
         path = Path(args.evaluate)
@@ -1145,8 +1146,7 @@ def main(args: Args) -> Path:
         seed = args.seed + EVALUATION_SEED
         refuse_changes(load_checkpoint(path)["args"], dataclasses.asdict(args), MAY_CHANGE_IN_EVALUATION)
         returns = evaluate(Agent.load(path), args.env_id, args.eval_episodes, seed, videos, "evaluation")
-        score = f"{returns.mean():.1f} +- {returns.std():.1f}"
-        print(f"{args.env_id}: {score} over {args.eval_episodes} episodes")
+        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
         return path
     make_env(args.env_id).close()  # refuses before there is a run directory
     torch.manual_seed(args.seed)
@@ -1156,7 +1156,7 @@ def main(args: Args) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"\nEnded at once; {run.advice}")
     except Exception:
-        say(f"An error ended the run at step {run.step:,}; once it is mended, {run.advice}")
+        say(f"An error ended the run at step {run.step:,}; once it is fixed, {run.advice}")
         raise
     finally:
         run.close()

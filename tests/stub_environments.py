@@ -169,6 +169,15 @@ class Counted(Seeded):
         return observation, reward + Counted.steps_of_all, *rest
 
 
+class Flicker(Seeded):
+    """The same counter shows in the first observation after a reset, and never again."""
+
+    def step(self, action):
+        Counted.steps_of_all += 1
+        observation, *rest = super().step(action)
+        return observation + (self.step_count == 1) * Counted.steps_of_all, *rest
+
+
 class Failing(Seeded):
     """Has a mistake in the method that a test names, after a number of calls."""
 
@@ -264,6 +273,7 @@ gym.register("Stub/GlobalReset-v0", GlobalReset)
 gym.register("Stub/GlobalStep-v0", GlobalStep)
 gym.register("Stub/GlobalHidden-v0", GlobalHidden)
 gym.register("Stub/Counted-v0", Counted)
+gym.register("Stub/Flicker-v0", Flicker)
 gym.register("Stub/Endless-v0", Endless)
 gym.register("Stub/Levels-v0", Levels)
 gym.register("Stub/Image-v0", Image)

@@ -762,7 +762,7 @@ def test_same_command_goes_on_after_sigterm(env_id, shared_network, tmp_path, mo
         patch.setattr(a2c, "collect_rollout", collect)
         message = refusal(lambda: a2c.main(a2c.parse_args(command)))
     run = tmp_path / "queued"
-    assert "Interrupted at step 832; go on with: python a2c_cartpole.py --resume" in message
+    assert "Interrupted at step 832; resume with: python a2c_cartpole.py --resume" in message
     state = a2c.load_checkpoint(run)
     assert state["step"] == 832 and state["count"].item() == 1 and state["totals"].any()
     a2c.main(a2c.parse_args(command))
@@ -1140,7 +1140,7 @@ def test_killed_worker_is_reported_and_the_run_goes_on(tmp_path, capsys):
         process.kill()
         process.stdout.close()
     message = re.search(r"Worker 1 ended with exit code -9 at step ([\d,]+), so the run ends", output)
-    assert message and f"Interrupted at step {message[1]}; go on with" in output, output
+    assert message and f"Interrupted at step {message[1]}; resume with" in output, output
     assert "Traceback" not in output
     assert all(eventually(lambda worker=worker: has_ended(worker)) for worker in workers)
     (run,) = (tmp_path / "runs").iterdir()
@@ -1179,7 +1179,7 @@ def test_signal_saves_and_stops_the_workers(number, tmp_path):
     assert all(eventually(lambda worker=worker: has_ended(worker)) for worker in workers)
     (run,) = (tmp_path / "runs").iterdir()
     step = a2c.load_checkpoint(run)["step"]
-    assert step >= 200 and f"Interrupted at step {step:,}; go on with: python a2c_cartpole.py" in output
+    assert step >= 200 and f"Interrupted at step {step:,}; resume with: python a2c_cartpole.py" in output
     assert "Worker" not in output
 
 

@@ -1344,7 +1344,7 @@ def test_interrupted_run_over_several_passes(saved_model, tmp_path, monkeypatch,
         interrupted_at(4, "take_step", patch)
         message = refusal(train, tmp_path / "interrupted", **settings)
     run = the_run(tmp_path / "interrupted")
-    assert f"Ended at once; go on with: python dpo_llm.py --resume {run}" in message
+    assert f"Ended at once; resume with: python dpo_llm.py --resume {run}" in message
     resume(run)
     assert "Resumed at step 2" in capsys.readouterr().out
     assert_same_run(run, reference)
@@ -1380,7 +1380,7 @@ def test_preempted_in_the_warm_up_and_started_again(number, tmp_path):
         time.sleep(0.02)
     process.send_signal(number)
     told = line_with(process, "Interrupted at step -")
-    assert process.wait(timeout=60) == 1 and "go on with: python dpo_llm.py --resume" in told
+    assert process.wait(timeout=60) == 1 and "resume with: python dpo_llm.py --resume" in told
     step = dpo.load_checkpoint(tmp_path / "mine")["step"]
     assert -300 < step < 0 and f"step {step}" in told
     assert dpo.main(dpo.parse_args(command)) == tmp_path / "mine"

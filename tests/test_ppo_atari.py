@@ -1065,7 +1065,7 @@ def test_processes_agree_on_a_stop_and_go_on_exactly(tmp_path):
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     program = f"torchrun ... ppo_atari.py --resume {tmp_path / 'stopped'}"
-    expected = [f"rank 0: Interrupted at step 128; go on with: {program}\n", "rank 1: 0\n"]
+    expected = [f"rank 0: Interrupted at step 128; resume with: {program}\n", "rank 1: 0\n"]
     assert [(tmp_path / f"rank{i}.txt").read_text() for i in range(2)] == expected
     assert "Replaying 32 steps" in output and "differ" not in output
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -1155,7 +1155,7 @@ def test_stopped_run_goes_on_by_the_same_command(finished_run, tmp_path, monkeyp
         with monkeypatch.context() as patch:
             interrupt(patch, after, number)
             message = refusal(ppo.main, ppo.parse_args(words))
-        assert f"Interrupted at step {step}; go on with: python ppo_atari.py --resume" in message
+        assert f"Interrupted at step {step}; resume with: python ppo_atari.py --resume" in message
     ppo.main(ppo.parse_args(words))
     printed = capsys.readouterr().out
     assert printed.count("Replaying 32 steps of the games") == 2 and "anew" not in printed
@@ -1168,7 +1168,7 @@ def test_checkpoints_by_time_are_exact_too(finished_run, tmp_path, monkeypatch, 
         interrupt(patch, 5)
         message = refusal(train, tmp_path, **EXACT, checkpoint_minutes=1e-9)
     (run,) = tmp_path.iterdir()
-    assert f"Ended at once; go on with: python ppo_atari.py --resume {run}" in message
+    assert f"Ended at once; resume with: python ppo_atari.py --resume {run}" in message
     assert ppo.load_checkpoint(run)["step"] == 160
     resume(run)
     assert "Replaying 32 steps of the games" in capsys.readouterr().out

@@ -480,9 +480,9 @@ def update_args(**changes) -> ppo.Args:
     return ppo.Args(**{"compile": False, "ent_coef": 0.01, "vf_coef": 0.7} | changes)
 
 
-def coefficients_of(args: ppo.Args) -> dict[str, torch.Tensor]:
+def coefficients_of(args: ppo.Args, kl_coef: torch.Tensor) -> dict[str, torch.Tensor]:
     numbers = {"clip": args.clip_coef, "value": args.vf_coef, "entropy": args.ent_coef}
-    return {name: torch.tensor(x) for name, x in numbers.items()}
+    return {name: torch.tensor(x) for name, x in numbers.items()} | {"kl": kl_coef}
 
 
 def reference_step(agent, optimizer, args, indices, batch, kl_coef) -> list[float]:
@@ -528,13 +528,23 @@ def test_update_is_the_textbook_step(surrogate, norm_adv, max_grad_norm):
     optimizer = torch.optim.Adam(reference.parameters(), args.learning_rate, eps=1e-5)
     norms = []
     for indices in torch.randperm(64).view(4, 16):
-        metrics = update(indices, batch, coefficients_of(args), kl_coef)
+        metrics = update(indices, batch, coefficients_of(args, kl_coef))
         expected = reference_step(reference, optimizer, args, indices, batch, kl_coef)
         norms.append(expected[-1])
         torch.testing.assert_close(metrics, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
         for p, q in zip(agent.parameters(), reference.parameters()):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
     assert (min(norms) > max_grad_norm) == (max_grad_norm == 0.5)  # both sides of the limit are tried
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_later_run_in_the_process_is_compiled_as_well(capsys):
+    """PyTorch counts how often a function was compiled over all runs, and gives up at a limit."""
+    for _ in range(3):
+        agent, args = make_agent(), update_args(compile=True)
+        update = ppo.make_update(agent, ppo.Adam(agent.parameters(), 1e-3), args)
+        update(torch.arange(16), make_batch_of(agent), coefficients_of(args, torch.tensor(0.6)))
+    assert capsys.readouterr().out.count("Compiling the update") == 3
 
 
 def test_compiled_update_is_the_eager_one_whatever_is_scheduled(capsys):
@@ -550,11 +560,11 @@ def test_compiled_update_is_the_eager_one_whatever_is_scheduled(capsys):
     for epoch in range(6):
         kl_coef.fill_(0.6 * 2**epoch)
         changes = {"clip_coef": 0.2 / (1 + epoch), "ent_coef": 0.01 * epoch, "vf_coef": 0.7 + epoch}
-        coefficients = coefficients_of(update_args(**changes))
+        coefficients = coefficients_of(update_args(**changes), kl_coef)
         for optimizer in optimizers:
             optimizer.learning_rate.fill_(1e-3 / (1 + epoch))
         for indices in torch.randperm(64).view(4, 16):
-            compiled, eager = (update(indices, batch, coefficients, kl_coef) for update in updates)
+            compiled, eager = (update(indices, batch, coefficients) for update in updates)
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     for p, q in zip(agents[0].parameters(), agents[1].parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
@@ -752,9 +762,10 @@ def test_replayed_environments_go_on_bit_for_bit(env_id, tmp_path, capsys):
         assert name == "finished" or torch.equal(x, restored.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("env_id", ["Stub/GlobalStep-v0", "Stub/Counted-v0", "Stub/GlobalHidden-v0"])
-def test_environments_that_do_not_repeat_begin_anew_with_a_sentence(env_id, tmp_path, capsys):
-    """Draws from np.random in every step, seen at once or only later; a counter shared by all."""
+@pytest.mark.parametrize("kind", ["GlobalStep", "Counted", "GlobalHidden", "Flicker"])
+def test_environments_that_do_not_repeat_begin_anew_with_a_sentence(kind, tmp_path, capsys):
+    """Draws from np.random in every step, seen at once or later; a shared counter, seen always or once."""
+    env_id = f"Stub/{kind}-v0"
     envs = ppo.Environments(env_id, 3)
     go_on(envs, draw_actions(envs, 23, seed=0))
     capsys.readouterr()
@@ -780,7 +791,6 @@ class Call(NamedTuple):
     indices: torch.Tensor
     batch: ppo.Batch
     coefficients: dict[str, float]
-    kl_coef: float
 
 
 class Recorder:
@@ -794,10 +804,10 @@ class Recorder:
         self.agent = agent
 
         def update(*inputs):
-            indices, batch, coefficients, kl_coef = inputs
+            indices, batch, coefficients = inputs
             assert type(batch) is ppo.Batch
             numbers = {name: x.item() for name, x in coefficients.items()}
-            self.calls.append(Call(indices, ppo.Batch(*(x.clone() for x in batch)), numbers, kl_coef.item()))
+            self.calls.append(Call(indices, ppo.Batch(*(x.clone() for x in batch)), numbers))
             chosen = self.metrics(len(self.calls) - 1)
             return torch.tensor([float(chosen.get(name, 0)) for name in ppo.METRICS])
 
@@ -853,8 +863,7 @@ def test_update_is_given_what_the_definitions_say(tmp_path, monkeypatch):
             assert sorted(torch.cat([call.indices for call in epoch]).tolist()) == list(range(24))
         assert not torch.equal(calls[0].indices, calls[4].indices)  # shuffled anew
         for call in calls:
-            assert call.coefficients == pytest.approx({"clip": 0.2, "value": 0.5, "entropy": 0.0})
-            assert call.kl_coef == 1
+            assert call.coefficients == pytest.approx({"clip": 0.2, "value": 0.5, "entropy": 0.0, "kl": 1.0})
             given, actions, old_means, old_log_std, old_log_probs, *targets = call.batch
             np.testing.assert_allclose(given, observations.flatten(0, 1), rtol=0, atol=1e-5)
             played = np.clip(2 + 4 * actions.numpy(), -2, 6).reshape(8, 3, 2)

@@ -5,6 +5,7 @@ Its plumbing is that of all scripts, letter for letter (test_shared_blocks.py), 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -333,6 +334,17 @@ def test_checkpoints_are_due_by_time_too(tmp_path, monkeypatch):
     train(tmp_path / "often", **settings, checkpoint_minutes=1e-9)
     train(tmp_path / "seldom", **settings, checkpoint_minutes=60)
     assert saved == [128, 256, 384, 512, 512]
+
+
+def test_best_policies_do_not_postpone_the_checkpoint(tmp_path, monkeypatch):
+    """Every evaluation is the best one so far, and by the clock of the test each iteration takes minutes."""
+    saved, clock, score = [], itertools.count(0, 60), itertools.count()
+    monkeypatch.setattr(ppo, "save_checkpoint", lambda path, state: saved.append((path.name, state["step"])))
+    monkeypatch.setattr(ppo.Run, "evaluate", lambda run: next(score))
+    monkeypatch.setattr(ppo.time, "perf_counter", lambda: next(clock))
+    train(tmp_path, eval_interval=128, checkpoint_interval=10**9, checkpoint_minutes=10)
+    assert [step for name, step in saved if name == "best.pt"] == [*range(128, 1025, 128)]
+    assert len([step for name, step in saved if name == "checkpoint.pt"]) > 2
 
 
 def test_too_few_steps_are_refused(finished_run, tmp_path):
