@@ -274,7 +274,7 @@ def make_update(agent: Agent, optimizer: RMSprop, args: Args) -> Callable[..., T
 
 
 def make_coefficients(args: Args, device: str | torch.device) -> dict[str, Tensor]:
-    """Weights of the loss. They may be scheduled: as tensors, they do not compile the update anew."""
+    """Weights of the loss. To schedule one, use fill_: another number would compile the update anew."""
     coefficients = {"value": args.vf_coef, "entropy": args.ent_coef}
     return {name: torch.tensor(float(x), device=device) for name, x in coefficients.items()}
 
@@ -314,12 +314,11 @@ def train(args: Args, run: Run) -> None:
     optimizer = RMSprop(agent.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
     totals, count = torch.zeros(len(METRICS), device=device), torch.zeros(())  # since the last point
     run.start(agent=agent, envs=envs, optimizer=optimizer, totals=totals, count=count)
-    update = make_update(agent, optimizer, args)
+    update, coefficients = make_update(agent, optimizer, args), make_coefficients(args, device)
 
     for progress in run.iterations(args.batch_size):
         if args.anneal_lr:
             optimizer.learning_rate.fill_(args.learning_rate * (1 - progress))
-        coefficients = make_coefficients(args, device)
         totals += update(collect_rollout(envs, agent, args.num_steps), coefficients)
         count += 1
         if run.due(args.log_interval) or run.step >= args.total_timesteps:
