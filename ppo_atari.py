@@ -344,7 +344,9 @@ def train(args: Args, run: Run) -> None:
             permutation = torch.randperm(len(batch.actions)).to(device)
             for indices in permutation.view(args.num_minibatches, -1):
                 # Taken here and not in the update, since a CUDA graph copies everything that it is given.
-                totals += update(take_minibatch(batch, indices, args.norm_adv), coefficients)
+                # Its name keeps it until the next one is there: freed before, its memory is mapped anew.
+                minibatch = take_minibatch(batch, indices, args.norm_adv)
+                totals += update(minibatch, coefficients)
             epochs.append(totals / args.num_minibatches)
             if args.target_kl and epochs[-1][METRICS.index("approx_kl")] > 1.5 * args.target_kl:
                 break

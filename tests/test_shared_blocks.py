@@ -21,7 +21,7 @@ LINES = {
     "a2c_cartpole.py": (378, 1154),
     "dpo_llm.py": (420, 1805),
     "grpo_llm.py": (577, 1785),
-    "ppo_atari.py": (359, 1173),
+    "ppo_atari.py": (361, 1175),
     "ppo_continuous.py": (340, 1097),
     "ppo_discrete.py": (302, 1011),
     "reinforce.py": (364, 1000),
