@@ -303,7 +303,7 @@ def train(args: Args, run: Run) -> None:
     device = choose_device(args)
     games = TrainingGames(args)
     agent = Agent(games.num_actions, args.bfloat16 and has_bfloat16(device)).to(device)
-    optimizer = Adam(agent.parameters(), args.learning_rate)
+    optimizer = Adam(agent.parameters(), args.learning_rate, eps=1e-5)  # of OpenAI's baselines
     run.start(agent=agent, games=games, optimizer=optimizer)
     update = make_update(agent, optimizer, args)
     # On a CPU the convolutions themselves take the time, and eager PyTorch is as fast.
@@ -425,10 +425,10 @@ class Adam:
     traced into one graph with the loss and its gradient.
     """
 
-    beta1, beta2, eps = 0.9, 0.999, 1e-5
+    beta1, beta2 = 0.9, 0.999
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, eps: float = 1e-8):
+        self.parameters, self.eps = list(parameters), eps
         # Tensors, because each new number would compile the update anew.
         self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.steps = torch.zeros_like(self.learning_rate)

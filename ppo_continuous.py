@@ -14,9 +14,9 @@ penalty instead of the clip, or neither.
     python ppo_continuous.py --evaluate runs/Hopper-v5__ppo_continuous__3__20261120-101500 --capture-video
 
 Deterministic evaluation after 1M steps: HalfCheetah-v5 5903 +- 808, mean and standard deviation of 5 seeds
-(benchmark/results/mujoco). Beyond the paper: observations and advantages are normalised, rewards are scaled,
-gradients of a large norm are scaled down, the learning rate falls to 0, advantages are computed anew for each
-epoch, and the epochs stop early when the KL grows large.
+(benchmark/results/mujoco, with the defaults of version 0.1). Beyond the paper: observations are normalised,
+rewards are scaled, gradients of a large norm are scaled down, the learning rate falls to 0, advantages are
+computed anew for each epoch, and the epochs stop early when the KL grows large.
 The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
@@ -81,9 +81,9 @@ class Args:
     kl_coef: float = 1.0  # beta, the weight of the penalty of kl-fixed, and its initial value for kl-adaptive
     adaptive_kl_target: float = 0.01  # KL(old, new) of an iteration that kl-adaptive steers to, in nats
     target_kl: float | None = 0.02  # stop the epochs when the mean KL of one exceeds 1.5 x this; None: never
-    norm_adv: bool = True  # normalise the advantages of each minibatch
+    norm_adv: bool = False  # normalise the advantages of each minibatch
     recompute_advantages: bool = True  # compute them anew for each epoch, with the critic as it is by then
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.0003  # weight of the entropy bonus, in units of the scaled rewards
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of a larger norm are scaled down to this norm
     log_std_init: float = -0.5  # log of the initial standard deviation, in units of half the action range
@@ -446,10 +446,10 @@ class Adam:
     traced into one graph with the loss and its gradient.
     """
 
-    beta1, beta2, eps = 0.9, 0.999, 1e-5
+    beta1, beta2 = 0.9, 0.999
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, eps: float = 1e-8):
+        self.parameters, self.eps = list(parameters), eps
         # Tensors, because each new number would compile the update anew.
         self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.steps = torch.zeros_like(self.learning_rate)

@@ -13,8 +13,8 @@ where r = pi(a|s) / pi_old(a|s) and R = A + V, with V before the update (Schulma
     python ppo_discrete.py --evaluate runs/Acrobot-v1__ppo_discrete__3__20261120-101500 --capture-video
 
 Greedy evaluation after 100k steps: CartPole-v1 500 in 5 of 5 seeds (benchmark/results/classic). Beyond the
-paper, as most implementations do it: advantages are normalised in each minibatch, and gradients of a large
-norm are scaled down. The algorithm comes first; the plumbing after `train` is shared by all scripts.
+paper: rewards are scaled, and gradients of a large norm are scaled down.
+The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Args:
     gae_lambda: float = 0.95  # lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return
     clip_coef: float = 0.2  # eps: ratios in [1 - eps, 1 + eps] are left alone
     target_kl: float | None = None  # stop the epochs when the mean KL of one exceeds 1.5 x this; None: never
-    norm_adv: bool = True  # normalise the advantages of each minibatch
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss; lower it for a shared_network with large returns
+    norm_adv: bool = False  # normalise the advantages of each minibatch
+    ent_coef: float = 0.001  # weight of the entropy bonus, in units of the scaled rewards
+    vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients of a larger norm are scaled down to this norm
 
     # Logging
@@ -108,7 +108,7 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Categorical policy and value function.
+    """Categorical policy and value function, with statistics for the scale of the rewards.
 
     An action has K components (1 for Discrete) with up to n choices each, counted from 0. A component with
     fewer choices has the missing ones masked.
@@ -121,6 +121,7 @@ class Agent(nn.Module):
         self.critic = mlp([observation_size, 64, 64, 1], output_gain=1.0)
         if shared:
             self.critic = nn.Sequential(*self.actor[:-1], self.critic[-1])
+        self.return_statistics = RunningStatistics(())
         missing = torch.arange(choices) >= torch.tensor(action_sizes)[:, None]
         self.register_buffer("mask", torch.where(missing, -1e9, 0.0))  # finite: 0 x inf would be NaN
         self.register_buffer("action_start", torch.tensor(action_start or [0] * len(action_sizes)))
@@ -256,7 +257,8 @@ def train(args: Args, run: Run) -> None:
     action_sizes, action_start = action_layout(envs.action_space)
     agent = Agent(envs.observations.shape[1], action_sizes, args.shared_network, action_start)
     optimizer = Adam(agent.to(device).parameters(), args.learning_rate)
-    run.start(agent=agent, envs=envs, optimizer=optimizer)
+    discounted_returns = torch.zeros(args.num_envs)  # of the current episodes
+    run.start(agent=agent, envs=envs, optimizer=optimizer, discounted_returns=discounted_returns)
     update = make_update(agent, optimizer, args)
 
     for progress in run.iterations(args.batch_size):
@@ -270,7 +272,9 @@ def train(args: Args, run: Run) -> None:
         observations = torch.from_numpy(rollout.observations).float().to(device)
         next_observations = torch.from_numpy(rollout.next_observations).float().to(device)
         actions = torch.from_numpy(rollout.actions).to(device)
-        rewards, terminated, done = (torch.from_numpy(x).to(device) for x in rollout[-3:])
+        rewards, terminated, done = (torch.from_numpy(x) for x in rollout[-3:])
+        rewards = scale_rewards(rewards, done, discounted_returns, args.gamma, agent.return_statistics)
+        rewards, terminated, done = rewards.to(device), terminated.to(device), done.to(device)
         with torch.no_grad():
             values, next_values = agent.value(observations), agent.value(next_observations)
             old_log_probs = categorical_log_prob(agent.logits(observations), actions)
@@ -339,6 +343,28 @@ def check_limits(args: Args) -> None:
 # ------------------------------------------------------------------------------------------- numerics
 
 
+class RunningStatistics(nn.Module):
+    """Mean and variance of all rows so far, as buffers, merged batch by batch (Chan et al. 1979)."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, rows: np.ndarray) -> None:
+        """Adds rows (..., *shape)."""
+        rows = rows.reshape(-1, *self.mean.shape)
+        total = self.count.item() + len(rows)
+        weight = len(rows) / total
+        mean, variance = self.mean.cpu().numpy(), self.variance.cpu().numpy()
+        delta = rows.mean(0, dtype=np.float64) - mean
+        within = (1 - weight) * variance + weight * rows.var(0, dtype=np.float64)
+        self.mean.copy_(torch.as_tensor(mean + weight * delta).float())
+        self.variance.copy_(torch.as_tensor(within + weight * (1 - weight) * delta**2).float())
+        self.count.fill_(total)
+
+
 def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
     """y with y[t] = x[t] + decay[t] y[t + 1] along the first dimension, and y = 0 past the end.
 
@@ -359,6 +385,24 @@ def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
+def scale_rewards(
+    rewards: Tensor, done: Tensor, discounted_returns: Tensor, gamma: float, statistics: RunningStatistics
+) -> Tensor:
+    """Rewards (T, N) over the standard deviation of the discounted return so far, clipped to [-10, 10].
+
+    The mean is not subtracted: a constant added to every reward would favour long episodes, or short ones.
+    `discounted_returns` (N,) of the current episodes and the statistics are updated in place.
+    """
+    # G[t] = r[t] + gamma (1 - done[t - 1]) G[t - 1], after the G carried over: discounted_sum, time reversed.
+    carried_and_rewards = torch.cat((discounted_returns[None], rewards))
+    done_before = torch.cat((done.new_zeros(2, done.shape[1]), done[:-1]))
+    decay = gamma * (1 - done_before.to(rewards.dtype))
+    discounted = discounted_sum(carried_and_rewards.flip(0), decay.flip(0)).flip(0)[1:]
+    discounted_returns.copy_(discounted[-1] * (1 - done[-1].to(rewards.dtype)))
+    statistics.update(discounted.numpy())
+    return (rewards / (statistics.variance.cpu() + 1e-8).sqrt()).clamp(-10, 10)
+
+
 class Adam:
     """Adam (Kingma and Ba 2015, algorithm 1).
 
@@ -366,10 +410,10 @@ class Adam:
     traced into one graph with the loss and its gradient.
     """
 
-    beta1, beta2, eps = 0.9, 0.999, 1e-5
+    beta1, beta2 = 0.9, 0.999
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, eps: float = 1e-8):
+        self.parameters, self.eps = list(parameters), eps
         # Tensors, because each new number would compile the update anew.
         self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.steps = torch.zeros_like(self.learning_rate)

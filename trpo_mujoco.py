@@ -357,7 +357,7 @@ def train(args: Args, run: Run) -> None:
     envs = Environments(args.env_id, args.num_envs)
     space = envs.action_space
     agent = Agent(envs.observations.shape[1], space.low.flatten(), space.high.flatten(), args.log_std_init)
-    optimizer = Adam(agent.to(device).critic.parameters(), args.learning_rate)
+    optimizer = Adam(agent.to(device).critic.parameters(), args.learning_rate, eps=1e-5)
     discounted_returns = torch.zeros(args.num_envs)  # of the current episodes
     run.start(agent=agent, envs=envs, optimizer=optimizer, discounted_returns=discounted_returns)
     update = make_update(agent, optimizer, args)
@@ -521,10 +521,10 @@ class Adam:
     traced into one graph with the loss and its gradient.
     """
 
-    beta1, beta2, eps = 0.9, 0.999, 1e-5
+    beta1, beta2 = 0.9, 0.999
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, eps: float = 1e-8):
+        self.parameters, self.eps = list(parameters), eps
         # Tensors, because each new number would compile the update anew.
         self.learning_rate = torch.tensor(float(learning_rate), device=self.parameters[0].device)
         self.steps = torch.zeros_like(self.learning_rate)

@@ -707,7 +707,7 @@ def test_full_disk_loses_nothing(finished_run, tmp_path):
     ("words", "message"),
     [
         ("--num-minibatches 7", "num_minibatches = 7 must divide"),
-        ("--num-envs 4 --num-steps 8 --num-minibatches 32", "lower num_minibatches"),
+        ("--num-envs 4 --num-steps 8 --num-minibatches 32 --norm-adv", "lower num_minibatches"),
         ("--num-envs 0", "num_envs"),
         ("--total-timesteps -5", "total_timesteps"),
         ("--learning-rate -1", "learning_rate"),

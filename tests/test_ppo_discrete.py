@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from helpers import checkpoint_difference, difference, read_curves, start
 from scipy.stats import chi2
-from test_ppo_continuous import plain_gae
+from test_ppo_continuous import plain_gae, plain_reward_scaling
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, random_return, refusal
 from torch.distributions import Categorical
 
@@ -448,7 +448,7 @@ def test_update_is_the_textbook_step(sizes, shared, norm_adv, max_grad_norm):
     reference = copy.deepcopy(agent)
     batch = make_batch(agent, sizes)
     update = ppo.make_update(agent, ppo.Adam(agent.parameters(), args.learning_rate), args)
-    optimizer = torch.optim.Adam(reference.parameters(), args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(reference.parameters(), args.learning_rate)
     norms, fractions = [], []
     for indices in torch.randperm(32).view(4, 8):
         metrics = update(indices, batch, coefficients_of(args))
@@ -587,7 +587,7 @@ def test_frequencies_of_actions_follow_the_softmax():
         ({"eval_interval": -1}, "eval_interval must lie in [0, inf)"),
         ({"gamma": 1.01}, "gamma must lie in [0, 1]"),
         ({"gae_lambda": math.nan}, "gae_lambda must lie in [0, 1]"),
-        ({"num_envs": 4, "num_steps": 8, "num_minibatches": 32}, "cannot be normalised"),
+        ({"num_envs": 4, "num_steps": 8, "num_minibatches": 32, "norm_adv": True}, "cannot be normalised"),
         ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
     ],
     ids=lambda x: "-".join(f"{name}-{value}" for name, value in x.items()) if isinstance(x, dict) else "",
@@ -673,6 +673,7 @@ def test_update_is_given_what_the_definitions_say(
         np.array([[steps[t][field] for steps in seen] for t in range(16)]) for field in range(1, 7)
     )
     assert terminated.any() and truncated.any() and len(recorder.calls) == 2 * 2 * 4
+    returns_state = {"running": np.zeros(3), "seen": []}
     for iteration in range(2):
         rows = slice(8 * iteration, 8 * iteration + 8)
         observations, following = (torch.from_numpy(x[rows]).float() for x in (raw, raw_next))
@@ -680,7 +681,8 @@ def test_update_is_given_what_the_definitions_say(
             values, next_values = (agent.critic(x)[..., 0].numpy() for x in (observations, following))
             policy = parts(agent, sizes, observations)
         done = terminated[rows] | truncated[rows]
-        advantages = plain_gae(rewards[rows], values, next_values, terminated[rows], done, 0.9, 0.8)
+        scaled = plain_reward_scaling(rewards[rows], done, 0.9, returns_state)
+        advantages = plain_gae(scaled, values, next_values, terminated[rows], done, 0.9, 0.8)
         choices = torch.from_numpy(env_actions[rows].reshape(8, 3, -1) - first)
         log_probs = sum(part.log_prob(x) for part, x in zip(policy, choices.unbind(-1)))
         calls = recorder.calls[8 * iteration : 8 * iteration + 8]

@@ -23,7 +23,7 @@ LINES = {
     "grpo_llm.py": (577, 1785),
     "ppo_atari.py": (361, 1175),
     "ppo_continuous.py": (340, 1097),
-    "ppo_discrete.py": (302, 1011),
+    "ppo_discrete.py": (306, 1055),
     "reinforce.py": (364, 1000),
     "trpo_mujoco.py": (415, 1172),
 }
