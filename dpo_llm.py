@@ -34,7 +34,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -58,6 +58,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -89,7 +90,9 @@ class Args:
     sft_steps: int = 300  # warm-up of that small model: steps of supervised fine-tuning on demonstrations
     sft_batch_size: int = 64  # demonstrations per warm-up step
     sft_learning_rate: float = 2e-3  # highest learning rate of AdamW in the warm-up
-    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; weights stay in float32
+    lora_rank: int = 0  # train adapters of this rank beside the linear layers (LoRA); 0 trains all weights
+    lora_alpha: float = 32.0  # the adapters are multiplied by lora_alpha / lora_rank
+    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; what learns stays in float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
 
     # Algorithm
@@ -104,6 +107,7 @@ class Args:
     max_steps: int = 225  # optimizer steps, one batch each
     batch_size: int = 64  # pairs per step, over all processes; with --loss kto twice as many completions
     micro_batch_size: int = 128  # completions per forward and backward pass; changes memory and speed only
+    micro_batch_tokens: int = 8192  # tokens per forward and backward pass, so that memory has a limit
     learning_rate: float = 5e-4  # highest learning rate of AdamW; 5e-7 to 5e-6 for pretrained models
     warmup_steps: int = 10  # steps over which the learning rate rises to its highest value
     anneal_lr: bool = True  # afterwards lower it linearly to 5 percent at max_steps
@@ -119,6 +123,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is a GPU if there is one
     checkpoint_interval: int = 50  # optimizer steps between checkpoints
     checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    export: Literal["merged", "adapters"] = "merged"  # with LoRA, a whole model or the adapters alone
+    export_interval: int = 0  # steps between exports of the model; 0 for the end only
     run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
@@ -315,7 +321,7 @@ def sample_pairs(reference: Transformer, task, args: Args) -> list[dict]:
     generator, noise = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     uniforms = torch.rand(len(problems), 2, args.max_completion_length, generator=generator)
     prompts = encode_prompts(reference, problems, args.max_completion_length)
-    completions = sample(reference, prompts, uniforms)
+    completions = sample(reference, prompts, uniforms, args)
     texts = reference.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(2)], texts)["reward"].view(-1, 2)
     pairs = []
@@ -343,8 +349,9 @@ def take_step(
 ) -> dict[str, float]:
     """One optimizer step; returns metrics. A unit is the two rows of a pair, or a single row with KTO."""
     count, units = len(units), my_share(units)
-    size = max(args.micro_batch_size // args.rows_per_unit, 1)
-    parts = [data.select(sum(units[i : i + size], []), model.device) for i in range(0, len(units), size)]
+    rows = sum(units, [])
+    parts = split([data.sequences[row] for row in rows], args, args.rows_per_unit)
+    parts = [data.select([rows[i] for i in part], model.device) for part in parts]
     kl = torch.zeros((), device=model.device)
     if args.loss == "kto":  # of the whole batch, so that its division into micro-batches changes nothing
         with torch.no_grad():
@@ -392,20 +399,19 @@ def train(args: Args, run: Run) -> None:
 
     # 1. The reference: a model that was read, or a small one that learns from demonstrations first.
     warm_up(model, optimizer, task, args, run)
-    reference = read_reference(model, run)
+    reference = Reference(model, run)
 
     # 2. Preferences, read or sampled from the reference, with their log-probabilities under it.
-    with run.precision:
-        data, held_out = load_preferences(reference, task, args, run)
-        before = sample_held_out(reference, task, held_out, args, args.seed + 2 * EVALUATION_SEED)
-    del reference  # evaluations read it again
+    with run.precision, reference as frozen:
+        data, held_out = load_preferences(frozen, task, args, run)
+        before = sample_held_out(frozen, task, held_out, args, args.seed + 2 * EVALUATION_SEED)
     units = len(data.sequences) // args.rows_per_unit
     per_step = args.batch_size * 2 // args.rows_per_unit
     name = "completions" if args.loss == "kto" else "pairs"
     say(f"{units:,} {name}, {args.max_steps * per_step / units:.1f} passes")
 
     # 3. Learn: one optimizer step on each batch.
-    for _ in run.iterations(partial(evaluate, model, held_out, before, task, args, run)):
+    for _ in run.iterations(partial(evaluate, model, reference, held_out, before, task, args, run)):
         rate = args.learning_rate * schedule(run.step, args)
         optimizer.param_groups[0]["lr"] = rate
         batch = draw_units(data, run.step, args)
@@ -425,10 +431,11 @@ EVALUATION_SEED = 1_000_000_000  # added to the seed: evaluations share no rando
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": """max_steps checkpoint_interval eval_prompts hidden_size num_layers num_heads sft_batch_size
-                   num_pairs batch_size micro_batch_size max_length max_completion_length""",
-    "[0, inf)": """eval_interval sft_steps warmup_steps simpo_gamma orpo_lambda desirable_weight
-                   undesirable_weight sft_coef""",
-    "(0, inf)": "beta learning_rate sft_learning_rate max_grad_norm checkpoint_minutes",
+                   num_pairs batch_size micro_batch_size micro_batch_tokens max_length
+                   max_completion_length""",
+    "[0, inf)": """eval_interval export_interval sft_steps warmup_steps simpo_gamma orpo_lambda
+                   desirable_weight undesirable_weight sft_coef lora_rank""",
+    "(0, inf)": "beta learning_rate sft_learning_rate max_grad_norm checkpoint_minutes lora_alpha",
     "[0, 0.5)": "label_smoothing label_noise",
     "[0, 4294967296)": "seed",
 }
@@ -444,6 +451,8 @@ def check(args: Args) -> None:
         raise ValueError(f"label_smoothing belongs to the loss dpo, not to {args.loss}")
     if args.sft_coef and args.loss in ("kto", "sft"):
         raise ValueError(f"sft_coef belongs to the losses of pairs, not to {args.loss}")
+    if args.export == "adapters" and not args.lora_rank:
+        raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and not (args.model or args.resume or args.evaluate):
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
     if args.dataset and args.reward:
@@ -621,8 +630,9 @@ def add_reference(reference: Transformer, data: Data, args: Args) -> None:
     """Adds log-probabilities of the reference, from a file named after a checksum of what decides them."""
     mismatched = data.mismatched if args.loss == "kto" else []
     key = hashlib.sha256(json.dumps([str(reference.dtype), reference.config]).encode())
-    for weights in reference.state_dict().values():
-        key.update(weights.cpu().numpy().tobytes())
+    for name, x in (*reference.named_parameters(), *reference.named_buffers()):
+        if "lora_" not in name:
+            key.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
     key.update(json.dumps([data.sequences, mismatched]).encode())
     path = Path(args.runs) / "reference_log_probs" / f"{key.hexdigest()[:32]}.safetensors"
     try:
@@ -648,10 +658,9 @@ def add_reference(reference: Transformer, data: Data, args: Args) -> None:
 @torch.no_grad()
 def all_log_probs(model: Transformer, sequences: list[Sequence], args: Args) -> Tensor:
     """Log-probabilities (N,) of whole completions, on the CPU; each process computes its share."""
-    (rank, world), size = rank_and_world(), args.micro_batch_size
     log_probs = torch.zeros(len(sequences), device=model.device)
-    for first in range(rank * size, len(sequences), world * size):
-        log_probs[first : first + size] = sequence_log_probs(model, sequences[first : first + size])
+    for part in my_share(split(sequences, args)):
+        log_probs[part] = sequence_log_probs(model, [sequences[row] for row in part])
     return sum_over_ranks(log_probs).cpu()
 
 
@@ -684,7 +693,7 @@ def sample_held_out(model: Transformer, task, data: Data, args: Args, seed: int)
             raise SystemExit("Too few held-out prompts leave room; lower --max-completion-length")
     uniforms = torch.rand(len(prompts), 1, length, generator=torch.Generator().manual_seed(seed))
     count, problems, prompts = len(prompts), my_share(problems), my_share(prompts)
-    tokens, log_probs, finished = sample(model, prompts, my_share(uniforms))
+    tokens, log_probs, finished = sample(model, prompts, my_share(uniforms), args)
     texts = model.decode(tokens)
     rewards = score(task, problems, texts)["reward"] if task else torch.zeros(len(texts))
     sequences = list(map(Sequence, prompts, tokens))
@@ -693,17 +702,17 @@ def sample_held_out(model: Transformer, task, data: Data, args: Args, seed: int)
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, data: Data, before: Samples, task, args: Args, run: Run
+    model: Transformer, reference: Reference, data: Data, before: Samples, task, args: Args, run: Run
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics of completions and of held-out preferences, and a few of the completions.
 
-    `before` are completions of the reference, for the win rate. The reference is in memory only during this.
+    `before` are completions of the reference, for the win rate.
     """
     with run.precision:
         after = sample_held_out(model, task, data, args, args.seed + EVALUATION_SEED)
-        reference, size = read_reference(model, run), args.micro_batch_size
-        parts = [after.sequences[i : i + size] for i in range(0, len(after.sequences), size)]
-        reference_log_probs = torch.cat([sequence_log_probs(reference, part).cpu() for part in parts])
+        with reference as frozen:
+            parts = [[after.sequences[row] for row in part] for part in split(after.sequences, args)]
+            reference_log_probs = torch.cat([sequence_log_probs(frozen, part).cpu() for part in parts])
         values = {  # the KL is the mean of log policy - log reference over whole completions
             "kl_to_reference": after.log_probs - reference_log_probs,
             "mean_length": torch.tensor([float(len(x.completion)) for x in after.sequences]),
@@ -774,12 +783,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, index: int):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim = D
+        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -802,7 +811,9 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+        if self.rotates:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.type_as(v), k.type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -815,7 +826,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama, Qwen2 or Qwen3 family, made from the content of a config.json."""
+    """A decoder of the families below, made from the content of a config.json."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -823,13 +834,15 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"model_type {family} is not supported, only llama, qwen2, qwen3")
-        if self.config["hidden_act"] != "silu" or config.get("use_sliding_window"):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+            raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
+        window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
+        if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
+        layers = range(config["num_hidden_layers"])
+        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -839,6 +852,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         self.register_buffer("frequencies", rotary_frequencies(self.config), persistent=False)
         self.tokenizer, self.eos_ids = None, set()  # the tokens that end a completion
+        self.folder, self.file_type, self.generation_config = None, torch.float32, {}  # of what was read
+        self.adapter_scale, self.adapters_on = 0.0, True  # see add_adapters
         self.gradient_checkpointing = False
 
     def hidden(
@@ -861,7 +876,7 @@ class Transformer(nn.Module):
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
         mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
-        x = self.model["embed_tokens"](tokens)
+        x = self.model["embed_tokens"](tokens).type_as(self.model["norm"].weight)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, mask, None, positions, use_reentrant=False)
@@ -901,39 +916,54 @@ class Transformer(nn.Module):
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Transformer:
-        """The model of a Hugging Face folder, in float32, without its tokenizer."""
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
+        """The model of a Hugging Face folder, without its tokenizer; dtype None keeps the file's."""
         path, weights = Path(path), {}
         with explained(f"Cannot read a model from {path}"):
             config = json.loads((path / "config.json").read_text())
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                weights |= load_file(file)
-            weights = {name: x.float() for name, x in weights.items() if not name.endswith("inv_freq")}
-            tied = model.config["tie_word_embeddings"]
-            if tied:
-                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
+                    for name in tensors.keys():
+                        weights[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
+                        model.file_type = tensors.get_tensor(name).dtype
+            if not weights:
+                raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
+            weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
+            if model.config["tie_word_embeddings"]:
+                embedding = weights.get("model.embed_tokens.weight")
+                head = weights.setdefault("lm_head.weight", embedding)
+                # Some files have a head of their own all the same.
+                model.config["tie_word_embeddings"] = head is embedding or torch.equal(head, embedding)
             model.load_state_dict(weights, assign=True)
-            if tied:
+            if model.config["tie_word_embeddings"]:
                 model.lm_head.weight = model.model["embed_tokens"].weight
             # Chat models stop at several tokens, and the files name different ones of them.
             file = path / "generation_config.json"
-            for values in (config, json.loads(file.read_text()) if file.exists() else {}):
+            model.folder, model.generation_config = path, {}
+            if file.exists():
+                model.generation_config = json.loads(file.read_text())
+            for values in (config, model.generation_config):
                 ids = values.get("eos_token_id")
                 model.eos_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
-        return model
+        return model.to(device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` reads, here and in transformers."""
-        path = Path(path)
+        """Writes a folder that `from_pretrained` reads, here and in transformers, with adapters merged."""
+        path, weights = Path(path), {}
         path.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        if self.config["tie_word_embeddings"]:
-            del weights["lm_head.weight"]
-        config = {name: x for name, x in self.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+        for name, x in (*self.named_parameters(), *self.named_buffers()):
+            layer = self.get_submodule(name.rpartition(".")[0])
+            if name.endswith("weight") and hasattr(layer, "lora_A"):
+                x = x + self.adapter_scale * layer.lora_B @ layer.lora_A
+            if name.endswith(("weight", "bias")):
+                weights[name] = x.detach().to("cpu", self.file_type).contiguous()
+        config = {name: x for name, x in self.config.items() if name != "torch_dtype"}
+        config |= {"dtype": str(self.file_type).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2))
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.eos_ids)}))
+        generation_config = self.generation_config | {"eos_token_id": sorted(self.eos_ids)}
+        (path / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
         save_file(weights, path / "model.safetensors", {"format": "pt"})
         if self.tokenizer:
             self.tokenizer.save_pretrained(path)
@@ -972,7 +1002,7 @@ def make_model(task, args: Args) -> Transformer:
     return model
 
 
-def read_model(source: str | Path) -> Transformer:
+def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
 
@@ -984,20 +1014,96 @@ def read_model(source: str | Path) -> Transformer:
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    model = Transformer.from_pretrained(path)
+    model = Transformer.from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
     return model
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
-    """The model that a run begins with: the copy of a resumed run, that of --model, or a small new one."""
-    copy = run.path / "reference"
-    if copy.is_dir() or args.model:
-        model = read_model(copy if copy.is_dir() else args.model)
+    """The model of --model, that of the warm-up of a resumed run, or a small one that has yet to warm up."""
+    if args.model or run.is_warm:
+        source = args.model or run.path / "reference"
+        model = read_model(source, run.device, None if args.lora_rank else torch.float32)
+        add_adapters(model, args, run)
     else:
-        model = make_model(task, args)
+        model = make_model(task, args).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    return model.to(run.device)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA
+
+
+def freeze(model: Transformer, matrix_type: torch.dtype) -> Transformer:
+    """Turns the weights into buffers, which no optimizer moves and no checkpoint holds.
+
+    Matrices get the type in which they are multiplied, norms float32; embeddings keep theirs.
+    """
+    frozen, types = {}, {nn.Linear: matrix_type, nn.RMSNorm: torch.float32}
+    for module in reversed([*model.modules()]):
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if weight not in frozen:  # a tied head, which is the last module, comes before its embedding
+                frozen[weight] = weight.detach().to(types.get(type(module)))
+            delattr(module, name)
+            module.register_buffer(name, frozen[weight], persistent=False)
+    return model
+
+
+def add_adapters(model: Transformer, args: Args, run: Run) -> None:
+    """With --lora-rank: freezes the model and lets W + alpha / rank B A act in place of each W.
+
+    W are the linear layers but the head. A and B learn, and B begins at 0 (Hu et al. 2021, section 4.1).
+    """
+    if not args.lora_rank:
+        return
+
+    def add(layer: nn.Linear, x: tuple[Tensor], y: Tensor) -> Tensor:
+        low_rank = F.linear(F.linear(x[0], layer.lora_A), layer.lora_B)
+        return y + model.adapter_scale * low_rank if model.adapters_on else y
+
+    freeze(model, run.matrix_type).adapter_scale = args.lora_alpha / args.lora_rank
+    for layer in model.model["layers"].modules():
+        if isinstance(layer, nn.Linear):
+            new = partial(layer.weight.new_zeros, dtype=torch.float32)
+            layer.lora_A = nn.Parameter(new((args.lora_rank, layer.in_features)))
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))
+            layer.lora_B = nn.Parameter(new((layer.out_features, args.lora_rank)))
+            layer.register_forward_hook(add)
+
+
+def save_adapters(model: Transformer, args: Args, path: Path) -> None:
+    """Writes the adapters in a folder that PEFT reads."""
+    weights = {f"base_model.model.{name}.weight": x.cpu() for name, x in model.state_dict().items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank}
+    config |= {"lora_alpha": args.lora_alpha, "base_model_name_or_path": args.model or str(model.folder)}
+    config["target_modules"] = sorted({name.split(".")[-3] for name in weights})
+    model.tokenizer.save_pretrained(path)
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, path / "adapter_model.safetensors", {"format": "pt"})
+
+
+class Reference:
+    """The model that the training began with, while `with reference as model` lasts.
+
+    With LoRA it is the model without its adapters. Else a frozen copy is read.
+    """
+
+    def __init__(self, model: Transformer, run: Run, keep: bool = False):
+        self.model, self.run, self.keep, self.copy, self.has_moved = model, run, keep, None, False
+
+    def __enter__(self) -> Transformer:
+        self.model.adapters_on = False
+        if self.model.adapter_scale:
+            return self.model
+        if self.copy is None:
+            copy = Transformer.from_pretrained(self.model.folder, self.run.device, None)
+            self.copy = freeze(copy, self.run.matrix_type)
+            copy.tokenizer, copy.eos_ids = self.model.tokenizer, self.model.eos_ids
+        return self.copy
+
+    def __exit__(self, *_) -> None:
+        self.model.adapters_on = True
+        self.copy = self.copy if self.keep else None
 
 
 # ------------------------------------------------------------------------------ log-probabilities and sampler
@@ -1081,7 +1187,9 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
+        # Autocast would cast the head once for all parts, and so add up their gradients in bfloat16.
+        logits = F.linear(hidden.to(model.dtype), model.lm_head.weight.to(model.dtype))
+        return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
     parts = list(zip(hidden.split(size), packed.targets.split(size)))
@@ -1092,6 +1200,18 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     lengths = torch.tensor([len(completion) for _, completion in sequences])
     mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
+
+
+def split(sequences: list[Sequence], args: Args, unit: int = 1) -> list[list[int]]:
+    """The rows of each micro-batch, within both limits; `unit` rows, at least, stay together."""
+    parts, room = [], 0
+    for row in range(0, len(sequences), unit):
+        tokens = sum(len(part) for sequence in sequences[row : row + unit] for part in sequence)
+        if tokens > room or len(parts[-1]) + unit > args.micro_batch_size:
+            parts, room = [*parts, []], args.micro_batch_tokens
+        parts[-1] += range(row, row + unit)
+        room -= tokens
+    return parts
 
 
 def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
@@ -1162,15 +1282,21 @@ def generate(
 
 
 def sample(
-    model: Transformer, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, rows: int = 512
+    model: Transformer, prompts: list[list[int]], uniforms: Tensor, args: Args, temperature: float = 1.0
 ) -> Completions:
-    """Samples completions for `uniforms` (P, G, C), at most `rows` at a time; returns them on the CPU."""
-    size, parts = max(rows // uniforms.shape[1], 1), []
+    """Samples completions for `uniforms` (P, G, C), on their device, in parts whose cache has a limit.
+
+    No activations are kept, so a part may have 4 times the rows and 8 times the tokens of a micro-batch.
+    """
+    (_, G, C), parts = uniforms.shape, []
+    rows = min(4 * args.micro_batch_size, 8 * args.micro_batch_tokens // (max(map(len, prompts)) + C))
+    size = max(rows // G, 1)
     for i in range(0, len(prompts), size):
         numbers = uniforms[i : i + size].to(model.device)
         parts.append(generate(model, prompts[i : i + size], numbers, temperature))
     tokens, log_probs, finished = zip(*parts)
-    return Completions(sum(tokens, []), torch.cat(log_probs).cpu(), torch.cat(finished).cpu())
+    log_probs, finished = (torch.cat(x).to(uniforms.device) for x in (log_probs, finished))
+    return Completions(sum(tokens, []), log_probs, finished)
 
 
 # --------------------------------------------------------------------------------------------- tasks, rewards
@@ -1294,6 +1420,8 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 
 def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Args, run: Run) -> None:
     """Supervised fine-tuning of a small new model on demonstrations, in the steps up to 0."""
+    if args.model or run.is_warm:
+        return
     group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
     for progress in run.iterations(end=0):
         # Rise in 50 steps; fall to 5 percent over the second half.
@@ -1312,20 +1440,12 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
         norm = optimizer_step(model, optimizer, 1.0)
         if done % 10 == 9 or not math.isfinite(norm):
             run.log({"sft/loss": sum_over_ranks(loss.detach()), "sft/grad_norm": norm})
-    if run.step == 0:  # the training begins with a new optimizer
-        optimizer.state.clear()
-        group["weight_decay"] = 0.0
-
-
-def read_reference(model: Transformer, run: Run) -> Transformer:
-    """The model that the training began with; the first call, before any step, writes it to the run."""
-    path = run.path / "reference"
-    if run.step == 0 and not path.is_dir():
-        export(model, path)
-    wait_for_ranks()
-    reference = Transformer.from_pretrained(path).to(model.device)
-    reference.tokenizer, reference.eos_ids = model.tokenizer, model.eos_ids
-    return reference
+    model.folder = run.path / "reference"
+    export(model.save_pretrained, model.folder)
+    add_adapters(model, args, run)
+    optimizer.state.clear()  # the training begins with a new optimizer
+    group |= {"params": [*model.parameters()], "weight_decay": 0.0}
+    run.save("checkpoint.pt")
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1372,7 +1492,9 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
-        self.precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
+        is_bf16 = args.bf16 and has_bfloat16(device)
+        self.precision = torch.autocast(device.type, torch.bfloat16, is_bf16)
+        self.matrix_type = torch.bfloat16 if is_bf16 else torch.float32
         # A copy, since `train` may change args. Where a run is found does not belong to it.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.first_step = 0 if args.model else -args.sft_steps
@@ -1380,7 +1502,7 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
@@ -1388,6 +1510,7 @@ class Run:
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
+        self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1479,13 +1602,13 @@ class Run:
                 self.evaluate()
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
-            if last or due or minutes > args.checkpoint_minutes:
+            if evaluation and last or due or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+            if evaluation and (last or args.export_interval and self.due(args.export_interval)):
+                self.export()
             self.progress.update()
         self.progress.close()
         self.started = time.perf_counter()
-        if evaluation:
-            export(self.state["model"], self.path / "model")
 
     def due(self, interval: int) -> bool:
         """Whether this iteration passed a multiple of `interval` steps."""
@@ -1521,6 +1644,7 @@ class Run:
     def evaluate(self) -> None:
         """Metrics of the policy, logged and printed, and samples of what it writes."""
         metrics, samples = self.evaluation()
+        self.metrics = metrics
         values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
         say(f"step {self.step:>5,}: evaluation {values}")
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
@@ -1557,8 +1681,31 @@ class Run:
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
+        (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
         save_checkpoint(self.path / name, state)
         self.saved_at = time.perf_counter()
+
+    def export(self) -> None:
+        """Writes the model, or its adapters, with a model card."""
+        args, model, words = self.args, self.state["model"], [f"python {Path(__file__).name}"]
+        for name, default in dataclasses.asdict(Args()).items():
+            x, flag = self.arguments[name], name.replace("_", "-")
+            if x != default and isinstance(x, bool):
+                words.append(f"--{flag}" if x else f"--no-{flag}")
+            elif x != default:
+                words += [f"--{flag} {value}" for value in (x if isinstance(x, list) else [x])]
+        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
+        for name in ("torch", "transformers", "safetensors"):
+            rows.append(f"| {name} | {importlib.metadata.version(name)} |")
+        card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
+        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
+        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+
+        def write(path: Path) -> None:
+            save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
+            (path / "README.md").write_text(card)
+
+        export(write, self.path / "model")
 
     def close(self) -> None:
         """Closes the logs, and gives the signals back."""
@@ -1641,16 +1788,16 @@ def make_directory(args: Args) -> Path:
             time.sleep(0.1)  # another run began in the same second
 
 
-def export(model: Transformer, path: Path) -> None:
-    """Writes a Hugging Face folder, whole or not at all."""
-    if rank_and_world()[0]:
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+def export(write: Callable[[Path], None], path: Path) -> None:
+    """Lets the first process write a folder, whole or not at all, and the others wait for it."""
+    if rank_and_world()[0] == 0:
+        temporary = path.with_name(f"{path.name}.tmp")
+        with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+    wait_for_ranks()
 
 
 def write_file(path: Path, content: str | dict) -> None:
@@ -1742,7 +1889,8 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     run = args.resume or args.evaluate or (named if named and (named / "args.json").exists() else None)
     if not run:
         return args
-    saved = read_args(run)
+    beside = Path(run).with_name("args.json")  # of a checkpoint file, which is then loaded only once
+    saved = read_args(beside if Path(run).is_file() and beside.exists() else run)
     # The name of a module in a file is not trusted: only the command line can have it imported.
     default = dataclasses.replace(saved, task=saved.task.rpartition(":")[2], reward=[])
     args = tyro.cli(Args, args=arguments, default=default)

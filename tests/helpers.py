@@ -79,7 +79,9 @@ def difference(one, other, path: str = "") -> str | None:
         found = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, other)))
     elif isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape
-        same = same and one.numpy().tobytes() == other.numpy().tobytes()
+        if same:  # as bytes, since NumPy has no bfloat16
+            one_bytes, other_bytes = (x.contiguous().flatten().view(torch.uint8) for x in (one, other))
+            same = torch.equal(one_bytes, other_bytes)
         return None if same else f"{path}: {one} and {other}"
     else:
         return None if one == other else f"{path}: {one!r} and {other!r}"

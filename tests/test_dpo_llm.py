@@ -1257,22 +1257,22 @@ def test_evaluation_of_the_reference_against_itself(finished_run, saved_model):
     seed = args.seed + 2 * dpo.EVALUATION_SEED
     before = dpo.sample_held_out(model, task, held_out, args, seed)
     state = torch.get_rng_state()
-    metrics, samples = dpo.evaluate(model, held_out, before, task, args, run)
+    metrics, samples = dpo.evaluate(model, contextlib.nullcontext(model), held_out, before, task, args, run)
     assert torch.equal(torch.get_rng_state(), state)
     assert abs(metrics["kl_to_reference"]) < 1e-3 and abs(metrics["rewards/margins"]) < 1e-4
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-4)
     rewards = dpo.sentiment_reward([""] * 8, [x["completion"] for x in samples])
     assert [x["prompt"] for x in samples] == [dpo.draw(task, 0, i, held_out=True)["prompt"] for i in range(8)]
     assert metrics["true_reward"] == pytest.approx(sum(rewards) / 8, abs=1e-6)
-    assert dpo.evaluate(model, held_out, before, task, args, run)[0] == metrics
+    assert dpo.evaluate(model, contextlib.nullcontext(model), held_out, before, task, args, run)[0] == metrics
     # A win counts 1 and a draw half.
     shift = torch.tensor([0.1, -0.1, 0, 0, -0.1, -0.1, -0.1, 0])
     other = before._replace(rewards=torch.tensor(rewards) + shift)
-    found = dpo.evaluate(model, held_out, other, task, args, run)[0]
+    found = dpo.evaluate(model, contextlib.nullcontext(model), held_out, other, task, args, run)[0]
     assert found["win_rate"] == pytest.approx((4 + 3 / 2) / 8)
     args, task, model = load_parts(saved_model, eval_prompts=400)
     many = dpo.sample_held_out(model, task, held_out, args, seed)
-    metrics, _ = dpo.evaluate(model, held_out, many, task, args, run)
+    metrics, _ = dpo.evaluate(model, contextlib.nullcontext(model), held_out, many, task, args, run)
     assert 0.4 < metrics["win_rate"] < 0.6 and metrics["win_rate"] != 0.5  # other numbers, other samples
 
 
@@ -1286,7 +1286,7 @@ def test_kl_to_the_reference_is_that_of_the_samples(finished_run, saved_model, m
     with torch.no_grad():
         policy.lm_head.weight += 0.1 * torch.randn_like(policy.lm_head.weight)
     sampled = sampled_by(monkeypatch)
-    metrics, _ = dpo.evaluate(policy, held_out, before, task, args, run)
+    metrics, _ = dpo.evaluate(policy, contextlib.nullcontext(reference), held_out, before, task, args, run)
     problems = [dpo.draw(task, args.seed, i, held_out=True) for i in range(8)]
     gaps = []
     for prompt, row in zip(dpo.encode_prompts(policy, problems, 32), sampled[0].tokens, strict=True):
@@ -1522,18 +1522,20 @@ def test_nothing_that_a_run_names_is_imported(finished_run, tmp_path, monkeypatc
     assert not (run / "executed").exists()
 
 
-def test_a_resumed_run_has_a_copy_of_its_model(peer, tmp_path):
+def test_a_run_holds_no_copy_of_its_model(peer, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(peer, model)
     data = write_rows(tmp_path / "sums.jsonl", chats(60))
     settings = {"model": str(model), "dataset": data, "max_completion_length": 5, "eval_prompts": 4}
     run = train(tmp_path / "runs", max_steps=1, **settings)
-    shutil.rmtree(model)
+    assert not (run / "reference").exists()
     resume(run, "--max-steps", "2")
     assert dpo.load_checkpoint(run)["step"] == 2
     dpo.main(dpo.parse_args(["--evaluate", str(run)]))
     Path(data).rename(tmp_path / "moved.jsonl")
     assert "Cannot read the dataset" in refusal(resume, run, "--max-steps", "3")
+    shutil.rmtree(model)
+    assert f"Cannot read a model from {model}" in refusal(resume, run, "--max-steps", "3")
 
 
 def test_broken_lines_of_samples_are_left_out(finished_run, tmp_path):
