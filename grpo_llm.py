@@ -1140,8 +1140,8 @@ class Reference:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Moves to the weights of a policy, or to those of `state_dict`."""
         self.has_moved = bool(state)
-        with self as copy:
-            for name, x in state.items():
+        for name, x in state.items():
+            with self as copy:
                 copy.get_buffer(name).copy_(x)
 
 
