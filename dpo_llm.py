@@ -1604,11 +1604,13 @@ class Run:
             minutes = (time.perf_counter() - self.saved_at) / 60
             if evaluation and last or due or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
-            if evaluation and (last or args.export_interval and self.due(args.export_interval)):
+            if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
         self.progress.close()
         self.started = time.perf_counter()
+        if evaluation:
+            self.export()
 
     def due(self, interval: int) -> bool:
         """Whether this iteration passed a multiple of `interval` steps."""
@@ -1869,7 +1871,7 @@ def read_args(run: str | Path) -> Args:
 # ----------------------------------------------------------------------------------------------- command line
 
 # Flags that may change on resume or evaluation; any other would make it a different run.
-MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes track
+MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
 MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts"]
 

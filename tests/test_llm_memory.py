@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,7 +276,11 @@ def test_exports_at_intervals_with_a_model_card(script, tmp_path, monkeypatch):
     assert args == script.Args(**settings)
     assert f"| torch | {torch.__version__} |" in card and "| kl_to_reference |" in card
     assert "step 4" in card and card.startswith("---\n")
-    transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    first = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    shutil.rmtree(run / "model")  # as if the run had been killed before the export
+    script.main(script.parse_args(["--resume", str(run)]))
+    again = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), again.parameters(), strict=True))
 
 
 def test_head_of_its_own_in_a_tied_model_is_loaded(tmp_path):
