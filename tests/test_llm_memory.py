@@ -1,12 +1,8 @@
 """Memory of the scripts for language models, counted and measured; what they read and export; bfloat16."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,75 +23,6 @@ def seeded():
 
 
 # ------------------------------------------------------------------------------------------- by count
-
-MEASURED = """
-import sys, threading, time
-import torch, transformers, tensorboard.compat
-from pathlib import Path
-import dpo_llm, {script} as script
-
-def megabytes():  # without the pages of files that are mapped
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e3
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, megabytes())
-        time.sleep(0.01)
-
-torch.set_num_threads(1)
-import torch.utils.tensorboard
-transformers.AutoTokenizer
-script.make_tokenizer(["a"])
-before = peak = megabytes()
-threading.Thread(target=watch, daemon=True).start()
-script.main(script.Args(**{settings}))
-print("MEGABYTES", peak - before)
-"""
-
-
-@pytest.mark.parametrize("lora_rank", [0, 8])
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [grpo, dpo], ids=lambda script: script.__name__)
-def test_counted_memory_is_the_measured_one(script, lora_rank, tmp_path):
-    """Of a step in bfloat16, where the hardware has it, with a model whose states are most of it."""
-    if not grpo.has_bfloat16(torch.device("cpu")) or not Path("/proc/self/status").exists():
-        pytest.skip("needs a CPU that multiplies bfloat16, and Linux")
-    sizes = {"hidden_size": 512, "num_hidden_layers": 12 if lora_rank else 4}
-    sizes |= {"intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
-    config = sizes | {"model_type": "qwen2", "vocab_size": 4096, "tie_word_embeddings": True}
-    model = grpo.Transformer(config | {"max_position_embeddings": 512})
-    model.file_type, model.eos_ids = torch.bfloat16, {2}
-    model.tokenizer = grpo.make_tokenizer(grpo.Arithmetic.vocabulary)
-    model.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}" * 4, "rejected": f"{i}" * 4} for i in range(60)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"model": str(tmp_path / "model"), "runs": str(tmp_path / "runs"), "lora_rank": lora_rank}
-    settings |= {"max_steps": 2, "learning_rate": 1e-6, "eval_prompts": 4, "micro_batch_tokens": 128}
-    settings |= {"max_completion_length": 16, "warmup_steps": 0}
-    settings |= (
-        {"num_prompts": 4, "num_generations": 4, "eval_samples": 2, "beta": 0.01, "num_minibatches": 1}
-        | {"reward": ["test_llm_memory:alternating"]}
-        if script is grpo
-        else {"dataset": str(tmp_path / "pairs.jsonl"), "batch_size": 4}
-    )
-    code = MEASURED.format(script=script.__name__, settings=settings)
-    paths = f"import sys; sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / 'tests')]}\n"
-    # With its threshold fixed, the C library gives freed tensors back at once.
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    words = [sys.executable, "-c", paths + code]
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured = float(re.search(r"MEGABYTES ([\d.]+)", done.stdout)[1])
-    shape = memory.Shape(512, 2048, sizes["num_hidden_layers"], True, 256, 4096)
-    kind = {"reference": script is grpo, "samples": script is grpo}
-    need = memory.needed(shape, lora_rank, **kind, tokens=128, row_length=24, checkpointing=False)
-    # Beside it, libraries and kernels take some memory of their own.
-    assert 0.9 * max(need) / 1e6 < measured < 1.15 * max(need) / 1e6 + 60, (max(need) / 1e6, measured)
-
-
-def alternating(completions, **_):
-    return [float(i % 2) for i in range(len(completions))]
 
 
 def test_counts_are_those_of_the_network(tmp_path):
