@@ -606,10 +606,43 @@ def test_format(completion, answer):
 
 
 def test_numbers():
-    for text, value in (("852", 852), ("-1,234.50", Fraction(-2469, 2)), ("$7", 7), (" 007 ", 7)):
-        assert grpo.parse_number(text) == value
-    for text in ("", "1e3", "0x10", "٣", "1_000", "nan", "--1", "1.", "1 2", "9" * 50, None, "½", "1\x00"):
-        assert grpo.parse_number(text) is None
+    half = Fraction(1, 2)
+    good = {
+        "852": 852,
+        "-1,234.50": Fraction(-2469, 2),
+        "$7": 7,
+        " 007 ": 7,
+        "-$5": -5,
+        "$-5": -5,
+        "1/2": half,
+    }
+    good |= {"50%": half, ".5": half, "-.5": -half, "$.50": half, "-10/4": -5 * half, "12,345,678": 12345678}
+    good |= {"12.5%": half / 4, "-1/2%": -half / 100, "1/02": half, "$1,000.00": 1000, "-0": 0}
+    for text, value in good.items():
+        assert grpo.parse_number(text) == value, text
+        # The lenient score finds it between words, commas and full stops.
+        assert grpo.last_number(f"7 so it is {text}, I think.") == text.strip()
+    bad = [
+        "",
+        "1e3",
+        "0x10",
+        "٣",
+        "1_000",
+        "nan",
+        "--1",
+        "1.",
+        "1 2",
+        "9" * 50,
+        None,
+        "½",
+        "1\x00",
+        "1/0",
+        ".",
+    ]
+    bad += ["1,2", "1,2345", ",123", "1,,234", "8$52", "5$", "-$-5", "$", "%", "-", "1/2/3", "1/-2", "1/2.5"]
+    bad += ["50%%", "1.5/2", "1,234/2,", "٣/٣", "1 /2", "/2", "$$5", "1.2.3", "5e"]
+    for text in bad:
+        assert grpo.parse_number(text) is None, text
     assert grpo.last_number("so 3 and <answer>x = 1,852. </answer>") == "1,852"
     assert grpo.last_number("it is 3, no, 12") == "12" and grpo.last_number("nothing") is None
 
@@ -685,20 +718,21 @@ def make_dataset(folder: Path, rows: list[dict] | str, chat: bool = False, **cha
     model = grpo.make_model(grpo.Arithmetic(), args)
     if chat:
         model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return grpo.Dataset(grpo.make_task(args), model, args)
+    return grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
 
 
 def test_dataset(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"because 1 + 2\n#### {i},000"} for i in range(200)]
     task = make_dataset(tmp_path, rows)
-    held_out = task.parts[True]
+    held_out = [row["question"] for row in rows if grpo.is_held_out(row["question"])]
     count = 200 - len(held_out)
+    assert len(task.parts[True]) == len(held_out)
     assert 5 < len(held_out) < 40
     passes = [[grpo.draw(task, 1, p * count + i)["prompt"] for i in range(count)] for p in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
-    assert not {*passes[0]} & {x["prompt"] for x in held_out}
+    assert not {*passes[0]} & {*held_out}
     assert grpo.draw(make_dataset(tmp_path, rows), 1, count + 3)["prompt"] == passes[1][3]
-    assert grpo.draw(task, 1, 3, held_out=True) == held_out[3]
+    assert grpo.draw(task, 1, 3, held_out=True)["prompt"] == held_out[3]
     problem = grpo.draw(task, 1, 0)
     right = f"<think></think><answer>{problem['prompt'][1:]}000</answer>"
     assert grpo.score(task, [problem] * 2, [right, "x"])["correctness"].tolist() == [1, 0]
@@ -707,17 +741,18 @@ def test_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"question": "a", "result": "1"}\n', "no column answer; there are: question, result"),
-        ('{"question": "a", "answer": "x"}\n' * 20, "too few rows of use"),
-        ('{"question": "a", "answer": "1"}\n{nonsense\n', "line 2 is not a JSON object"),
-        ("[1]\n", "line 1 is not a JSON object"),
+        ('{"question": "a", "result": "1"}\n', "more than half; the columns are question, result"),
+        ('{"question": "a", "answer": "x"}\n' * 20, "20 without a number as the answer (row 1, 2, 3)"),
+        ("[1]\n", "1 that are no JSON objects (row 1). That is more than half; the columns are unknown"),
+        ('{"question": "a", "answer": "1"}\n{no\n\xff\n', "2 that are no JSON in UTF-8 (row 2, 3)"),
+        ("", "too few rows of use"),
         ('{"question": "a", "answer": "1"}\n', "too few rows"),
         (None, "No such file"),
     ],
 )
 def test_bad_datasets_are_named(content, message, tmp_path):
     if content is None:
-        assert message in refusal(grpo.read_rows, str(tmp_path / "a.jsonl"))
+        assert message in refusal(lambda: [*grpo.read_rows(str(tmp_path / "a.jsonl"))])
     else:
         assert message in refusal(make_dataset, tmp_path, content)
 
@@ -735,8 +770,10 @@ def test_rows_of_no_use_are_dropped_and_counted(tmp_path, capsys):
     task = make_dataset(tmp_path, [*rows[:50], *bad, *rows[50:]])
     assert len(task.parts[True]) + len(task.parts[False]) == 100
     output = capsys.readouterr().out
-    assert "108 rows" in output and "4 without a usable prompt" in output
-    assert "3 without a number as the answer" in output and "1 too long for the context" in output
+    assert "Dropped of the 108 rows of" in output and "3 without text in question (row 51, 52, 53)" in output
+    assert "1 with a message that lacks a role or a content (row 54)" in output
+    assert "3 without a number as the answer (row 55, 56, 57)" in output
+    assert "1 too long for the context, or without any token (row 58)" in output
     problem = grpo.draw(task, 1, 0)
     assert problem["level"] == int(problem["answer"]) % 3  # other columns are there for rewards
 
@@ -747,16 +784,16 @@ def test_conversations_are_taken_as_they_are(tmp_path):
     task = make_dataset(tmp_path, rows, chat=True)
     problem = grpo.draw(task, 1, 5)
     i = int(problem["answer"]) - 1
-    assert problem["prompt"] == f"1+\n{i}=" and problem["question"] == chat[i]
+    assert problem["prompt"] == f"1+\n{i}=" and problem["messages"] == problem["question"] == chat[i]
     model = grpo.make_model(grpo.Arithmetic(), grpo.Args())
     model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert model.decode(grpo.encode_prompts(model, [problem], 9)) == [f"1+{i}="]
-    assert "too few rows of use" in refusal(make_dataset, tmp_path, rows)  # without a chat template
+    assert "60 that the chat template refuses (Cannot use" in refusal(make_dataset, tmp_path, rows)
 
 
 def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\n")
-    message = refusal(grpo.read_rows, str(tmp_path / "a.csv"))
+    message = refusal(lambda: [*grpo.read_rows(str(tmp_path / "a.csv"))])
     assert message.endswith("a.csv is none of .jsonl, .json and .parquet")
 
 
@@ -894,13 +931,8 @@ def test_dataset_with_a_chat_template(finished_run, tmp_path):
     assert model.tokenizer.batch_decode(ids) == ["(12+3=)"] and model.eos_ids == {
         model.tokenizer.eos_token_id
     }
-    assert "too few rows of use" in refusal(
-        train, tmp_path, model=folder, **changes | {"max_completion_length": 1020}
-    )
-
-    shutil.rmtree(folder)  # the run has a copy
-    resume(run, "--max-steps", "3")
-    assert grpo.load_checkpoint(run)["step"] == 3
+    message = refusal(train, tmp_path, model=folder, **changes | {"max_completion_length": 1020})
+    assert "100 too long for the context" in message and "more than half" in message
 
 
 def test_prompts_that_leave_no_room_are_named(finished_run, tmp_path):
