@@ -1003,6 +1003,8 @@ def read_model(source: str | Path) -> Transformer:
         tokenizer = AutoTokenizer.from_pretrained(path)
     model = Transformer.from_pretrained(path)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
+        raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
     return model
 
 

@@ -1552,11 +1552,9 @@ def test_model_and_dataset_may_move_but_not_change(peer, tmp_path):
     settings = {"model": str(model), "dataset": data, "max_completion_length": 5, "eval_prompts": 4}
     reference = train(tmp_path / "reference", max_steps=2, anneal_lr=False, **settings)
     run = train(tmp_path / "runs", max_steps=1, anneal_lr=False, **settings)
-    places = {
-        "--model": tmp_path / "elsewhere" / "model",
-        "--dataset": tmp_path / "elsewhere" / "moved.jsonl",
-    }
-    places["--dataset"].parent.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    places = {"--model": elsewhere / "model", "--dataset": elsewhere / "moved.jsonl"}
+    elsewhere.mkdir()
     model.rename(places["--model"])
     Path(data).rename(places["--dataset"])
     assert "Cannot read a model from" in refusal(resume, run, "--max-steps", "2")
@@ -1570,10 +1568,8 @@ def test_model_and_dataset_may_move_but_not_change(peer, tmp_path):
     changed = write_rows(tmp_path / "changed.jsonl", chats(61))
     for flag, place in (("--model", tmp_path / "other"), ("--dataset", changed)):
         for command in (["--resume", run, "--max-steps", "2"], ["--evaluate", run]):
-            message = refusal(
-                lambda: dpo.main(dpo.parse_args([*map(str, command), *words, flag, str(place)]))
-            )
-            assert f"began with another {flag[2:]} than {place}" in message
+            args = dpo.parse_args([*map(str, command), *words, flag, str(place)])
+            assert f"began with another {flag[2:]} than {place}" in refusal(dpo.main, args)
     for flag in ("--model", "--dataset"):
         assert f"cannot change {flag[2:]}" in refusal(dpo.parse_args, ["--resume", str(run), flag, "None"])
     resume(run, "--max-steps", "2", *words)
@@ -1601,6 +1597,15 @@ def test_malformed_files_of_a_model_are_named(content, saved_model, tmp_path):
     for name in ("generation_config.json", "config.json"):
         (tmp_path / "model" / name).write_text(content)
         assert "Cannot read a model from" in refusal(dpo.read_model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("unknown", [73, -1, "x", [1, 99], 1.5])
+def test_tokens_that_end_a_text_must_be_known(unknown, saved_model, tmp_path):
+    shutil.copytree(saved_model, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": unknown}))
+    message = refusal(dpo.read_model, tmp_path / "model")
+    assert "as tokens that end a text, which the model does not know" in message
+    assert str(unknown[1] if isinstance(unknown, list) else unknown) in message
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]

@@ -4,9 +4,9 @@ import copy
 import json
 import math
 import os
+import pickle
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -640,7 +640,7 @@ def test_numbers():
         ".",
     ]
     bad += ["1,2", "1,2345", ",123", "1,,234", "8$52", "5$", "-$-5", "$", "%", "-", "1/2/3", "1/-2", "1/2.5"]
-    bad += ["50%%", "1.5/2", "1,234/2,", "٣/٣", "1 /2", "/2", "$$5", "1.2.3", "5e"]
+    bad += ["50%%", "1.5/2", "1,234/2,", "٣/٣", "1 /2", "/2", "$$5", "1.2.3", "5e", "."]
     for text in bad:
         assert grpo.parse_number(text) is None, text
     assert grpo.last_number("so 3 and <answer>x = 1,852. </answer>") == "1,852"
@@ -710,14 +710,13 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def make_dataset(folder: Path, rows: list[dict] | str, chat: bool = False, **changes):
+def make_dataset(folder: Path, rows: list[dict] | str, template: str | None = None, **changes):
     """A dataset from rows or the text of a file, for the model of the arithmetic task."""
     path = folder / "a.jsonl"
     path.write_text(rows) if isinstance(rows, str) else write_rows(path, rows)
     args = grpo.Args(**{"dataset": str(path), "model": "x", "hidden_size": 16} | changes)
     model = grpo.make_model(grpo.Arithmetic(), args)
-    if chat:
-        model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model.tokenizer.chat_template = template
     return grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
 
 
@@ -781,7 +780,7 @@ def test_rows_of_no_use_are_dropped_and_counted(tmp_path, capsys):
 def test_conversations_are_taken_as_they_are(tmp_path):
     chat = [[{"role": "system", "content": "1+"}, {"role": "user", "content": f"{i}="}] for i in range(60)]
     rows = [{"question": messages, "answer": i + 1} for i, messages in enumerate(chat)]
-    task = make_dataset(tmp_path, rows, chat=True)
+    task = make_dataset(tmp_path, rows, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     problem = grpo.draw(task, 1, 5)
     i = int(problem["answer"]) - 1
     assert problem["prompt"] == f"1+\n{i}=" and problem["messages"] == problem["question"] == chat[i]
@@ -789,6 +788,97 @@ def test_conversations_are_taken_as_they_are(tmp_path):
     model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert model.decode(grpo.encode_prompts(model, [problem], 9)) == [f"1+{i}="]
     assert "60 that the chat template refuses (Cannot use" in refusal(make_dataset, tmp_path, rows)
+
+
+def test_an_evaluation_file_of_its_own(tmp_path):
+    """All rows of the dataset are learned from then, and all of the other file are held out."""
+    rows = [{"question": f"{i}=", "answer": i} for i in range(60)]
+    path = write_rows(tmp_path / "eval.jsonl", [{"question": "7+", "answer": 8}, {"question": "8+"}, rows[0]])
+    task = make_dataset(tmp_path, rows, eval_dataset=path)
+    assert len(task.parts[False]) == 60
+    found = [grpo.draw(task, 1, i, held_out=True) for i in range(2)]
+    assert [x["prompt"] for x in found] == ["7+", "0="] and len(task.parts[True]) == 2
+    path = write_rows(tmp_path / "eval.jsonl", [{"question": "7+"}, {"question": "8+"}, rows[0]])
+    message = refusal(make_dataset, tmp_path, rows, eval_dataset=path)
+    assert "eval.jsonl: 2 without a number" in message and "more than half" in message
+
+
+ROLES = "{% for m in messages %}{{ m['role'][0] }}({{ m['content'] }}){% endfor %}"
+
+
+def test_system_prompt_and_instruction(tmp_path):
+    """Text gets both, a conversation the system prompt, unless it has one; rewards see the row as it is."""
+    chats = [
+        [{"role": "user", "content": "55="}],
+        [{"role": "system", "content": "own"}, {"role": "user", "content": "66="}],
+    ]
+    rows = [{"question": f"{i}=", "answer": i, "hint": i * 2} for i in range(40)]
+    rows += [{"question": chat, "answer": 5 + i} for i, chat in enumerate(chats)]
+
+    def asked(prompt: str, **changes) -> tuple[dict, str]:
+        args = {"system_prompt": "add", "instruction": "now"} | changes
+        task = make_dataset(tmp_path, rows, template=ROLES, **args)
+        problems = [pickle.loads(x) for part in task.parts.values() for x in part]
+        problem = next(x for x in problems if x["prompt"] == prompt)
+        written = []
+        task.model.encode = lambda texts, special_tokens: written.extend(texts) or [[2]] * len(texts)
+        grpo.encode_prompts(task.model, [problem], 1)
+        return problem, written[0]
+
+    problem, text = asked("7=")
+    assert text == "s(add)u(7= now)" and problem["question"] == "7=" and problem["hint"] == 14
+    assert asked("7=", instruction="")[1] == "s(add)u(7=)"
+    assert asked("7=", system_prompt=None)[1] == "u(7= now)"
+    assert asked("7=", system_prompt=None, instruction=grpo.INSTRUCTION)[1] == f"u(7= {grpo.INSTRUCTION})"
+    assert asked("55=")[1] == "s(add)u(55=)" and asked("own\n66=")[1] == "s(own)u(66=)"
+    assert [chat[0]["role"] for chat in chats] == ["user", "system"]  # the rows are not changed
+    # Whether a problem is held out is a matter of its row.
+    splits = [
+        [pickle.loads(x)["prompt"] for x in make_dataset(tmp_path, rows, template=ROLES, **args).parts[True]]
+        for args in ({}, {"system_prompt": "add", "instruction": "now"})
+    ]
+    assert splits[0] == splits[1] and splits[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "(no system)"),
+        (None, "40 whose system prompt the chat template leaves out"),
+    ],
+)
+def test_a_system_prompt_that_does_not_arrive_is_named(template, message, tmp_path):
+    rows = [{"question": f"{i}=", "answer": i} for i in range(40)]
+    assert message in refusal(make_dataset, tmp_path, rows, template=template, system_prompt="add")
+
+
+def test_answers_for_rewards_of_ones_own(tmp_path, own_module):
+    """Any text arrives whole, and so does what is no text; a number as in GSM8K arrives alone."""
+    answers = ["Paris", "# A\n#### B and C", None, ["a", 1], "so 5\n#### 1,005", 7, True, "", {"a": "b"}]
+    rows = [{"question": f"{i}=", "answer": answers[i % 9], "level": i} for i in range(90)]
+    rows += [{"question": "no answer"}]
+    task = make_dataset(tmp_path, rows, reward=["digits:nothing=0", "digits:correctness"])
+    problems = [pickle.loads(x) for part in task.parts.values() for x in part]
+    assert len(problems) == 91
+    found = {x["prompt"]: x["answer"] for x in problems}
+    assert [found[f"{i}="] for i in range(9)] == answers[:4] + ["1,005", "7"] + answers[6:]
+    # A column that few rows have is there in all of them.
+    assert all(grpo.draw(task, 1, i).keys() >= {"level", "answer", "prompt"} for i in range(60))
+    assert "40 without a number" in refusal(
+        make_dataset, tmp_path, [row | {"answer": "Paris"} for row in rows[:40]]
+    )
+
+
+def test_columns_with_the_names_of_the_reward_are_left_out(tmp_path):
+    rows = [
+        {"question": f"{i}=", "answer": i, "completions": 1, "prompts": 2, "prompt": 3} for i in range(40)
+    ]
+    task = make_dataset(tmp_path, rows)
+    problem = grpo.draw(task, 1, 0)
+    right = f"<think></think><answer>{problem['answer']}</answer>"
+    assert grpo.score(task, [problem], [right])["correctness"].tolist() == [1]
+    assert problem["prompt"] == problem["question"]
 
 
 def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
@@ -1142,6 +1232,10 @@ Path("imported").touch()
 
 def part_of_digits(completions, **_):
     return [sum(map(str.isdigit, completion)) / 8 for completion in completions]
+
+
+def correctness(prompts, completions, answer, **_):
+    return [float(completion == right) for completion, right in zip(completions, answer)]
 
 
 def nothing(completions, **_):
