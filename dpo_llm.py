@@ -450,7 +450,7 @@ def check(args: Args) -> None:
         raise ValueError(f"sft_coef belongs to the losses of pairs, not to {args.loss}")
     if args.dataset and not (args.model or args.resume or args.evaluate):
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
-    if args.eval_dataset and not args.dataset:
+    if args.eval_dataset and not (args.dataset or args.resume or args.evaluate):
         raise ValueError("eval_dataset belongs to a dataset: give --dataset too")
     if args.dataset and args.reward:
         raise ValueError("a reward judges the completions of a task, and a dataset has none")

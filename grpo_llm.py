@@ -610,7 +610,7 @@ def check(args: Args) -> None:
         raise ValueError(f"num_minibatches = {minibatches} must divide num_prompts = {prompts}")
     if args.dataset and not (args.model or args.resume or args.evaluate):  # which have a model
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
-    if (args.eval_dataset or args.system_prompt) and not args.dataset:
+    if (args.eval_dataset or args.system_prompt) and not (args.dataset or args.resume or args.evaluate):
         raise ValueError("eval_dataset and system_prompt belong to a dataset: give --dataset too")
 
 
@@ -636,8 +636,10 @@ class Dataset:
     max_completion_length = 256
 
     def __init__(self, task, model: Transformer, args: Args, run: Run):
-        self.rewards, self.lenient, self.model = task.rewards, getattr(task, "lenient", None), model
         self.parts, self.columns = {False: [], True: []}, {}  # problems by whether they are held out
+        self.model, self.rewards = model, task.rewards
+        self.wants_number = any(function is number_reward for function, _ in task.rewards.values())
+        self.lenient = getattr(task, "lenient", None) if self.wants_number else None
         room = model.config["max_position_embeddings"]
         room -= args.max_completion_length or self.max_completion_length
         for name in ("dataset", "eval_dataset"):
@@ -679,7 +681,7 @@ class Dataset:
         number = str(answer).rpartition("####")[2].strip()
         if parse_number(number) is not None:
             answer = number
-        elif any(function is number_reward for function, _ in self.rewards.values()):
+        elif self.wants_number:
             raise ValueError("without a number as the answer")
         return row | {"prompt": prompt, "messages": messages, "answer": answer}, text
 
