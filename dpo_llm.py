@@ -543,6 +543,8 @@ def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
         found = [render(model, messages) for messages in found]
     elif model.tokenizer.eos_token_id is None:
         raise ValueError("of text, while the tokenizer has no token that ends a text")
+    if sum(map(len, sum(found, ()))) > 100 * model.config["max_position_embeddings"]:
+        raise ValueError("longer than the limit")  # to read it would take minutes
     return ParsedRow(form, held_out, found, [*map(bool, labels)])
 
 
@@ -610,7 +612,7 @@ def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> t
                     labels.extend(row.labels)
         run.identify(name, rows.checksum)
     if not all(labels for _, labels in parts):
-        raise SystemExit(f"{source} has too few rows of use to hold out a tenth of them")
+        raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
     data = []
     for sequences, labels in parts:
         tensors = torch.tensor(labels), torch.zeros(len(labels)), torch.zeros(len(labels))

@@ -636,35 +636,36 @@ class Dataset:
     max_completion_length = 256
 
     def __init__(self, task, model: Transformer, args: Args, run: Run):
-        self.parts, self.columns = {False: [], True: []}, {}  # problems by whether they are held out
-        self.model, self.rewards = model, task.rewards
+        self.parts, self.columns = {False: [], True: []}, {}  # rows by whether they are held out
+        self.model, self.args, self.rewards = model, args, task.rewards
         self.wants_number = any(function is number_reward for function, _ in task.rewards.values())
         self.lenient = getattr(task, "lenient", None) if self.wants_number else None
         room = model.config["max_position_embeddings"]
         room -= args.max_completion_length or self.max_completion_length
         for name in ("dataset", "eval_dataset"):
             rows = Rows(getattr(args, name))
-            for chunk in rows.chunks(partial(self.parse, args=args)):
-                texts = [text for _, (_, text) in chunk]
+            for chunk in rows.chunks(lambda row: (row, *self.parse(row))):
+                texts = [text for _, (_, _, text) in chunk]
                 encoded = model.encode(texts, special_tokens=not model.tokenizer.chat_template)
-                for (number, (problem, _)), tokens in zip(chunk, encoded):
+                for (number, (row, problem, _)), tokens in zip(chunk, encoded):
                     held_out = name != "dataset" or not args.eval_dataset and is_held_out(problem["prompt"])
                     if 0 < len(tokens) <= room:
                         # As bytes: Python's objects would take several times the memory of the file.
-                        self.parts[held_out].append(pickle.dumps(problem))
+                        self.parts[held_out].append(pickle.dumps(row))
                     else:
                         rows.dropped["too long for the context, or without any token"].append(number)
             run.identify(name, rows.checksum)
             self.columns |= rows.columns
         if not all(self.parts.values()):
-            raise SystemExit(f"{args.dataset} has too few rows of use to hold out a tenth of them")
+            raise SystemExit(f"There are too few rows of use in {args.dataset}, or in --eval-dataset")
 
-    def parse(self, row: dict, args: Args) -> tuple[dict, str]:
+    def parse(self, row: dict) -> tuple[dict, str]:
         """The problem in a row, and its prompt as the model reads it; ValueError if the row is of no use.
 
         A prompt is a text, to which chat models get --instruction, or a conversation, taken as it is.
         """
-        prompt, answer, system = row.get(args.prompt_column), row.get(args.answer_column), args.system_prompt
+        args, system = self.args, self.args.system_prompt
+        prompt, answer = row.get(args.prompt_column), row.get(args.answer_column)
         check_text(prompt, args.prompt_column)
         is_chat = self.model.tokenizer.chat_template or isinstance(prompt, list)
         if isinstance(prompt, str):
@@ -678,6 +679,8 @@ class Dataset:
         text = apply_template(self.model, messages) if is_chat else prompt
         if system and messages[0]["content"].strip() not in text:
             raise ValueError("whose system prompt the chat template leaves out")
+        if len(text) > 100 * self.model.config["max_position_embeddings"]:  # to read it would take minutes
+            raise ValueError("too long for the context, or without any token")
         number = str(answer).rpartition("####")[2].strip()
         if parse_number(number) is not None:
             answer = number
@@ -691,7 +694,7 @@ class Dataset:
         if not held_out:
             epoch, i = divmod(index, len(rows))
             index = shuffled(seed, epoch, len(rows))[i]
-        return dict.fromkeys(self.columns) | pickle.loads(rows[index])
+        return self.parse(dict.fromkeys(self.columns) | pickle.loads(rows[index]))[0]
 
 
 @lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -786,6 +787,37 @@ def test_chat_templates_that_do_not_serve_are_named(tmp_path, tokenizer, capsys)
     parts = load(tmp_path, rows, other)
     assert "1 that the chat template refuses (no) (row 8)" in capsys.readouterr().out
     assert sum(len(part.sequences) for part in parts) == 78
+
+
+def test_an_evaluation_file_of_its_own(tmp_path, tokenizer, capsys):
+    """All rows of the dataset are learned from then, and all of the other file are held out."""
+    other = [{"prompt": f"8*{i}=", "chosen": "1", "rejected": "2"} for i in range(9)]
+    source = write_rows(tmp_path / "eval.jsonl", [other[0] | {"chosen": ""}, *other])
+    train, held_out = load(tmp_path, PAIRS, tokenizer, dataset="x", eval_dataset=source)
+    assert "1 without text in chosen (row 1)" in capsys.readouterr().out
+    assert len(train.sequences) == 120
+    assert [text for text, *_ in written(tokenizer, held_out)][::2] == [f"<bos>8*{i}=" for i in range(9)]
+    fewer = load(tmp_path, PAIRS, tokenizer, dataset="x", eval_dataset=source, eval_prompts=4)
+    assert len(fewer[1].sequences) == 8
+
+
+def test_a_dataset_takes_little_memory_and_is_read_in_parts(tmp_path, tokenizer):
+    """Peak of Python's memory, for rows of half a kilobyte; here a token is one letter."""
+    rng = random.Random(0)
+    texts = iter(["".join(rng.choices("0123456789+", k=150)) for _ in range(3000)])
+    rows = [
+        dict(zip(("prompt", "chosen", "rejected"), (next(texts), next(texts), next(texts))))
+        for _ in range(1000)
+    ]
+    path, model = Path(write_rows(tmp_path / "a.jsonl", rows)), reader(tokenizer, 400)
+    texts = rows = None
+    tracemalloc.start()
+    parts = dpo.load_data(path, model, dpo.Args(model="x"), MagicMock())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tokens = sum(len(part) for data in parts for x in data.sequences for part in x)
+    assert tokens > 4e5  # prompts count twice, though they are kept once
+    assert peak < 4 * 0.75 * tokens + 250 * 2000 + 2**21
 
 
 def test_tokens_that_the_model_does_not_know_are_named(tmp_path, tokenizer):

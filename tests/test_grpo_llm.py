@@ -4,16 +4,17 @@ import copy
 import json
 import math
 import os
-import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -720,6 +721,11 @@ def make_dataset(folder: Path, rows: list[dict] | str, template: str | None = No
     return grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
 
 
+def problems_of(task) -> list[dict]:
+    """All problems of a dataset, those that are held out last."""
+    return [task.draw(1, i, out) for out in (False, True) for i in range(len(task.parts[out]))]
+
+
 def test_dataset(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"because 1 + 2\n#### {i},000"} for i in range(200)]
     task = make_dataset(tmp_path, rows)
@@ -818,8 +824,7 @@ def test_system_prompt_and_instruction(tmp_path):
     def asked(prompt: str, **changes) -> tuple[dict, str]:
         args = {"system_prompt": "add", "instruction": "now"} | changes
         task = make_dataset(tmp_path, rows, template=ROLES, **args)
-        problems = [pickle.loads(x) for part in task.parts.values() for x in part]
-        problem = next(x for x in problems if x["prompt"] == prompt)
+        problem = next(x for x in problems_of(task) if x["prompt"] == prompt)
         written = []
         task.model.encode = lambda texts, special_tokens: written.extend(texts) or [[2]] * len(texts)
         grpo.encode_prompts(task.model, [problem], 1)
@@ -833,10 +838,11 @@ def test_system_prompt_and_instruction(tmp_path):
     assert asked("55=")[1] == "s(add)u(55=)" and asked("own\n66=")[1] == "s(own)u(66=)"
     assert [chat[0]["role"] for chat in chats] == ["user", "system"]  # the rows are not changed
     # Whether a problem is held out is a matter of its row.
-    splits = [
-        [pickle.loads(x)["prompt"] for x in make_dataset(tmp_path, rows, template=ROLES, **args).parts[True]]
+    tasks = [
+        make_dataset(tmp_path, rows, template=ROLES, **args)
         for args in ({}, {"system_prompt": "add", "instruction": "now"})
     ]
+    splits = [[x["prompt"] for x in problems_of(task)[-len(task.parts[True]) :]] for task in tasks]
     assert splits[0] == splits[1] and splits[0]
 
 
@@ -859,7 +865,7 @@ def test_answers_for_rewards_of_ones_own(tmp_path, own_module):
     rows = [{"question": f"{i}=", "answer": answers[i % 9], "level": i} for i in range(90)]
     rows += [{"question": "no answer"}]
     task = make_dataset(tmp_path, rows, reward=["digits:nothing=0", "digits:correctness"])
-    problems = [pickle.loads(x) for part in task.parts.values() for x in part]
+    problems = problems_of(task)
     assert len(problems) == 91
     found = {x["prompt"]: x["answer"] for x in problems}
     assert [found[f"{i}="] for i in range(9)] == answers[:4] + ["1,005", "7"] + answers[6:]
@@ -879,6 +885,42 @@ def test_columns_with_the_names_of_the_reward_are_left_out(tmp_path):
     right = f"<think></think><answer>{problem['answer']}</answer>"
     assert grpo.score(task, [problem], [right])["correctness"].tolist() == [1]
     assert problem["prompt"] == problem["question"]
+
+
+def test_datasets_of_the_hub_are_named_with_configuration_and_split(monkeypatch):
+    calls, rows = [], [{"question": "a", "answer": 1}]
+    hub = SimpleNamespace(load_dataset=lambda *words, split: calls.append((*words, split)) or rows)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    for name in ("a/b", "a/b:c", "a/b:c:test", "a/b::test"):
+        assert [*grpo.read_rows(name)] == rows
+    assert calls == [
+        ("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", "c", "test"), ("a/b", None, "test")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "size"), [(9000, 20), (1500, 400)])
+def test_a_dataset_takes_little_memory_and_is_read_in_parts(count, size, tmp_path):
+    """Peak of Python's memory; the tokenizer's is not in it."""
+    rng = random.Random(0)
+    rows = [{"question": "".join(rng.choices("0123456789+", k=size)), "answer": i} for i in range(count)]
+    path = Path(write_rows(tmp_path / "a.jsonl", rows))
+    args = grpo.Args(dataset=str(path), model="x", hidden_size=16, instruction="")
+    model = grpo.make_model(grpo.Arithmetic(), args)
+    rows = None
+    tracemalloc.start()
+    task = grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(map(len, task.parts.values())) == count
+    assert peak < 3 * path.stat().st_size + 2**20  # that of 100 rows and their tokens
+
+
+def test_huge_rows_are_dropped_without_being_tokenized(tmp_path, capsys):
+    rows = [{"question": f"{i}=", "answer": i} for i in range(40)]
+    begin = time.perf_counter()
+    task = make_dataset(tmp_path, [{"question": "1+" * 10**6, "answer": 1}, *rows])
+    assert time.perf_counter() - begin < 2 and sum(map(len, task.parts.values())) == 40
+    assert "1 too long for the context" in capsys.readouterr().out
 
 
 def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
