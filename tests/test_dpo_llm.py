@@ -781,6 +781,8 @@ def test_chat_templates_that_do_not_serve_are_named(tmp_path, tokenizer, capsys)
     other.chat_template = "{{ messages | length }}" + TEMPLATE
     message = refusal(load, tmp_path, rows, other)
     assert "40 whose prompt the chat template changes when an answer follows" in message
+    other.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert "40 without any token in the prompt or a completion" in refusal(load, tmp_path, rows, other)
     other.chat_template = (
         "{% if messages[0].content == '7' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
     )
@@ -1615,7 +1617,8 @@ def test_broken_lines_of_samples_are_left_out(finished_run, tmp_path):
     shutil.copytree(finished_run, run)
     file = run / "samples.jsonl"
     lines = file.read_text()
-    file.write_text(lines + '{"step": 6, "prom\n5\n{"step": "a"}\n{"step": 8}\n{"step": 8, "a": "b"}\n{"st')
+    broken = '{"step": 6, "prom\n5\n{"step": "a"}\n{"step": 8}\n{"step": 8, "a": "b"}\n{"st'
+    file.write_bytes(lines.encode() + b"\xff\xfe\n" + broken.encode())
     resume(run, "--max-steps", "8")
     text = file.read_text()
     assert (
