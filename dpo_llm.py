@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -46,6 +47,8 @@ import sys
 import time
 import zipfile
 import zlib
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -72,7 +75,8 @@ class Args:
     # Task or dataset
     task: str = "Reviews"  # generated prompts and their reward; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
-    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration] on the Hugging Face hub
+    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
+    eval_dataset: str | None = None  # held-out rows of its own; None holds out a tenth of the dataset
     prompt_column: str = "prompt"  # column of the dataset with the prompt, as text or as messages
     chosen_column: str = "chosen"  # column with the preferred completion, or the conversation that it ends
     rejected_column: str = "rejected"  # column with the other completion
@@ -455,6 +459,8 @@ def check(args: Args) -> None:
         raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and not (args.model or args.resume or args.evaluate):
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
+    if args.eval_dataset and not (args.dataset or args.resume or args.evaluate):
+        raise ValueError("eval_dataset belongs to a dataset: give --dataset too")
     if args.dataset and args.reward:
         raise ValueError("a reward judges the completions of a task, and a dataset has none")
 
@@ -480,7 +486,6 @@ class Data:
     """N completions of prompts; of pairs, row 2 i is the chosen one and row 2 i + 1 the rejected one."""
 
     paired: bool
-    texts: list[str]  # the prompts
     sequences: list[Sequence]  # prompts and completions, each with the token that ends it
     mismatched: list[Sequence]  # the completions after other prompts, for the KL of KTO
     labels: Tensor  # (N,), True if chosen, or desirable
@@ -488,7 +493,7 @@ class Data:
     mismatched_reference: Tensor  # (N,), the same after other prompts, with KTO
 
     def select(self, rows: list[int], device: torch.device) -> Data:
-        lists = ([x[row] for row in rows] for x in (self.texts, self.sequences, self.mismatched))
+        lists = ([x[row] for row in rows] for x in (self.sequences, self.mismatched))
         tensors = (self.labels, self.reference, self.mismatched_reference)
         return Data(self.paired, *lists, *(x[rows].to(device) for x in tensors))
 
@@ -503,8 +508,17 @@ def mismatch(sequences: list[Sequence], limit: int) -> list[Sequence]:
     return mismatched
 
 
-def parse_row(row: dict, args: Args) -> list[tuple[Sequence, bool]]:
-    """The two completions of a pair, chosen first, or one with its label; ValueError if the row is of no use.
+class ParsedRow(NamedTuple):
+    """The completions of a row after their prompt, as text."""
+
+    form: tuple[type, int]  # str or, for messages, list; how many completions there are
+    held_out: bool
+    sequences: list[Sequence]  # of a pair, the chosen one comes first
+    labels: list[bool]
+
+
+def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
+    """Reads a pair, or a completion with its label; raises ValueError if the row is of no use.
 
     Prompt and completion are both text, or both messages. Of these the last one is the completion, whichever
     column the others stand in.
@@ -517,99 +531,102 @@ def parse_row(row: dict, args: Args) -> list[tuple[Sequence, bool]]:
         columns, labels = [args.completion_column], [row.get(args.label_column)]
         if labels[0] not in (True, False):
             raise ValueError(f"whose {args.label_column} is neither true nor false")
-    for column, label in zip(columns, labels):
+    for column in columns:
         prompt, completion = row.get(args.prompt_column), row.get(column)
         if isinstance(completion, list) and len(completion) > 1:
             # Either the whole conversation, or the part of it that follows a prompt of messages.
             follows = isinstance(prompt, list) and completion[: len(prompt)] != prompt
             prompt, completion = (prompt if follows else []) + completion[:-1], completion[-1:]
-        for name, value in ((args.prompt_column, prompt), (column, completion)):
-            if value is None:
-                raise ValueError(f"without {name}")
-        if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
+        check_text(prompt, args.prompt_column)
+        check_text(completion, column)
+        if type(prompt) is not type(completion):
             raise ValueError(f"whose {args.prompt_column} and {column} are not both text or both messages")
-        if not prompt or not completion:
-            raise ValueError("with an empty prompt or completion")
-        if isinstance(prompt, list) and not all(map(is_message, prompt + completion)):
-            raise ValueError("with a message that lacks a role or a content")
-        if not (completion if isinstance(completion, str) else completion[-1]["content"]).strip():
-            raise ValueError("with an empty prompt or completion")
-        found.append((Sequence(prompt, completion), bool(label)))
-    if found[0][0].prompt != found[-1][0].prompt:
+        found.append(Sequence(prompt, completion))
+    if found[0].prompt != prompt:
         raise ValueError(f"whose {columns[0]} and {columns[1]} answer different prompts")
-    return found
+    form, held_out = (type(prompt), len(found)), row.get("held_out")
+    if not isinstance(held_out, bool):
+        # A matter of the prompt itself: a template may add today's date.
+        held_out = is_held_out(prompt if isinstance(prompt, str) else json.dumps(prompt))
+    if isinstance(prompt, list):
+        found = [render(model, messages) for messages in found]
+    elif model.tokenizer.eos_token_id is None:
+        raise ValueError("of text, while the tokenizer has no token that ends a text")
+    if sum(map(len, sum(found, ()))) > 100 * model.config["max_position_embeddings"]:
+        raise ValueError("longer than the limit")  # to read it would take minutes
+    return ParsedRow(form, held_out, found, [*map(bool, labels)])
 
 
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("role", "content"))
+def check_text(value: object, column: str) -> None:
+    """Raises ValueError unless a value is a text or a list of messages, and not empty."""
+    if isinstance(value, list):
+        fields = [isinstance(x, dict) and x.get(name) for x in value for name in ("role", "content")]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError("with a message that lacks a role or a content")
+        value = fields[-1] if fields else ""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"without text in {column}")
 
 
-def apply_template(model: Transformer, messages: Sequence) -> Sequence:
-    """A conversation as text: the prompt up to where the answer begins, the answer with what closes it."""
+def apply_template(model: Transformer, messages: list[dict], begin_answer: bool = True) -> str:
+    """A conversation as text, and the beginning of an answer to it; ValueError if the template refuses."""
     template = partial(model.tokenizer.apply_chat_template, tokenize=False)
     try:
-        prompt = template(messages.prompt, add_generation_prompt=True)
-        whole = template(messages.prompt + messages.completion)
+        return template(messages, add_generation_prompt=begin_answer)
     except Exception as error:  # of Jinja, in which templates are written
-        raise ValueError(f"that the chat template refuses ({error})")
+        raise ValueError(f"that the chat template refuses ({' '.join(str(error).split())[:100]})")
+
+
+def render(model: Transformer, messages: Sequence) -> Sequence:
+    """A conversation as text: the prompt up to where the answer begins, the answer with what closes it."""
+    prompt = apply_template(model, messages.prompt)
+    whole = apply_template(model, messages.prompt + messages.completion, begin_answer=False)
     if not whole.startswith(prompt):
         raise ValueError("whose prompt the chat template changes when an answer follows")
     return Sequence(prompt, whole[len(prompt) :])
 
 
-def load_data(source: str | Path, model: Transformer, args: Args) -> tuple[Data, Data]:
-    """The training part and the held-out tenth of a file in tokens; says how many rows are dropped and why.
+def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> tuple[Data, Data]:
+    """The training part and the held-out tenth of a file in tokens, or the whole file and --eval-dataset.
 
     Prompt and completion are tokenized apart, so that no token spans both. A completion that is text gets the
     token that ends it; in a conversation, the chat template closes it.
     """
-    rows, usable, dropped, form = read_rows(str(source)), [], {}, None
-    for number, row in enumerate(rows, 1):
-        try:
-            found = parse_row(row, args)
-            prompt, held_out = found[0][0].prompt, row.get("held_out")
-            form = form or (type(prompt), len(found))
-            if form != (type(prompt), len(found)):
-                raise ValueError("of another form than the first")
-            # Held out or not is a matter of the prompt itself: a template may add today's date.
-            key = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            held_out = held_out if isinstance(held_out, bool) else is_held_out(key)
-            if isinstance(prompt, list):
-                found = [(apply_template(model, messages), label) for messages, label in found]
-            usable.append((number, held_out, found))
-        except ValueError as reason:
-            dropped.setdefault(str(reason), []).append(number)
-
-    (kind, size), context = form or (str, 1), model.config["max_position_embeddings"]
-    limit, ends = min(args.max_length or context, context), []
-    if kind is str:
-        ends = [model.tokenizer.eos_token_id]
-        if None in ends:
-            raise SystemExit(f"The tokenizer of {args.model} has no token that ends a text")
-    texts = [text for *_, found in usable for text, _ in found]
-    prompts = iter(model.encode([text.prompt for text in texts], special_tokens=kind is str))
-    completions = iter(model.encode([text.completion for text in texts], special_tokens=False))
-    parts = [], []  # (text of the prompt, sequence, label) of the rows to learn from, and of those held out
-    for number, held_out, found in usable:
-        tokens = [Sequence(next(prompts), next(completions) + ends) for _ in found]
-        if any(len(x.prompt) + len(x.completion) > limit for x in tokens):
-            dropped.setdefault("longer than the limit", []).append(number)
-        elif size == 2 and tokens[0].completion == tokens[1].completion:
-            dropped.setdefault("with chosen equal to rejected", []).append(number)
-        elif not held_out or len(parts[1]) < size * args.eval_prompts:  # nothing learns from more of these
-            parts[held_out].extend((text.prompt, x, label) for x, (text, label) in zip(tokens, found))
-    if dropped:
-        counts = (f"{len(found):,} {reason} (first: row {found[0]:,})" for reason, found in dropped.items())
-        say(f"Dropped of {len(rows):,} rows of {source}: {', '.join(counts)}")
-    if not all(parts):
-        columns = f"; its columns are {', '.join(map(str, rows[0]))}" if rows else ""
-        raise SystemExit(f"{source} has too few rows of use to hold out a tenth of them{columns}")
+    form, context, parts = None, model.config["max_position_embeddings"], (([], []), ([], []))
+    limit = min(args.max_length or context, context)
+    for name, file in {"dataset": source, "eval_dataset": args.eval_dataset}.items():
+        rows = Rows(file)
+        for chunk in rows.chunks(partial(parse_row, model=model, args=args)):
+            form = form or next((row.form for _, row in chunk), None)
+            end = [model.tokenizer.eos_token_id] if form and form[0] is str else []
+            prompts = [row.sequences[0].prompt for _, row in chunk]
+            prompts = model.encode(prompts, special_tokens=bool(end))
+            completions = [x.completion for _, row in chunk for x in row.sequences]
+            completions = iter(model.encode(completions, special_tokens=False))
+            for (number, row), prompt in zip(chunk, prompts):
+                # Arrays: a list of Python's integers takes nine times the memory.
+                prompt, found = array("i", prompt), [array("i", next(completions) + end) for _ in row.labels]
+                held_out = name != "dataset" or (row.held_out and not args.eval_dataset)
+                sequences, labels = parts[held_out]
+                if row.form != form:
+                    rows.dropped["of another form than the first"].append(number)
+                elif not prompt or not all(found):
+                    rows.dropped["without any token in the prompt or a completion"].append(number)
+                elif len(prompt) + max(map(len, found)) > limit:
+                    rows.dropped["longer than the limit"].append(number)
+                elif len(found) == 2 and found[0] == found[1]:
+                    rows.dropped["with chosen equal to rejected"].append(number)
+                elif not held_out or len(labels) < len(found) * args.eval_prompts:  # no more are evaluated
+                    sequences.extend(Sequence(prompt, completion) for completion in found)
+                    labels.extend(row.labels)
+        run.identify(name, rows.checksum)
+    if not all(labels for _, labels in parts):
+        raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
     data = []
-    for part in parts:
-        texts, sequences, labels = map(list, zip(*part))
-        tensors = torch.tensor(labels), torch.zeros(len(part)), torch.zeros(len(part))
+    for sequences, labels in parts:
+        tensors = torch.tensor(labels), torch.zeros(len(labels)), torch.zeros(len(labels))
         mismatched = mismatch(sequences, limit) if args.loss == "kto" else sequences  # else not used
-        data.append(Data(size == 2, texts, sequences, mismatched, *tensors))
+        data.append(Data(form[1] == 2, sequences, mismatched, *tensors))
     return tuple(data)
 
 
@@ -620,7 +637,7 @@ def load_preferences(reference: Transformer, task, args: Args, run: Run) -> tupl
         pairs = sample_pairs(reference, task, args)
         write_file(source, "".join(json.dumps(pair) + "\n" for pair in pairs))
     wait_for_ranks()  # until the file is there
-    parts = load_data(source, reference, args)
+    parts = load_data(source, reference, args, run)
     for part in parts if args.has_reference else ():
         add_reference(reference, part, args)
     return parts
@@ -633,7 +650,8 @@ def add_reference(reference: Transformer, data: Data, args: Args) -> None:
     for name, x in (*reference.named_parameters(), *reference.named_buffers()):
         if "lora_" not in name:
             key.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
-    key.update(json.dumps([data.sequences, mismatched]).encode())
+    for prompt, completion in itertools.chain(data.sequences, mismatched):
+        key.update(array("i", [*prompt, -1, *completion, -1]))
     path = Path(args.runs) / "reference_log_probs" / f"{key.hexdigest()[:32]}.safetensors"
     try:
         found = load_file(path)
@@ -687,8 +705,9 @@ def sample_held_out(model: Transformer, task, data: Data, args: Args, seed: int)
         prompts = encode_prompts(model, problems, length)
     else:
         room = model.config["max_position_embeddings"] - length
-        fitting = {text: x.prompt for text, x in zip(data.texts, data.sequences) if len(x.prompt) <= room}
-        problems, prompts = [{"prompt": text} for text in fitting], list(fitting.values())
+        different = dict.fromkeys(tuple(x.prompt) for x in data.sequences if len(x.prompt) <= room)
+        prompts = [*map(list, different)]
+        problems = [{"prompt": model.tokenizer.decode(prompt)} for prompt in prompts]
         if len(prompts) < rank_and_world()[1]:
             raise SystemExit("Too few held-out prompts leave room; lower --max-completion-length")
     uniforms = torch.rand(len(prompts), 1, length, generator=torch.Generator().manual_seed(seed))
@@ -1016,7 +1035,18 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
         tokenizer = AutoTokenizer.from_pretrained(path)
     model = Transformer.from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
+        raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
     return model
+
+
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
+    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
+    for name, x in model.state_dict().items():
+        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
+        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
+    return checksum
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
@@ -1024,6 +1054,8 @@ def load_model(task, args: Args, run: Run) -> Transformer:
     if args.model or run.is_warm:
         source = args.model or run.path / "reference"
         model = read_model(source, run.device, None if args.lora_rank else torch.float32)
+        if args.model:
+            run.identify("model", fingerprint(model))
         add_adapters(model, args, run)
     else:
         model = make_model(task, args).to(run.device)
@@ -1360,7 +1392,7 @@ def draw(task, seed: int, index: int, held_out: bool = False) -> dict:
 def call_reward(name: str, function: Callable, problems: list[dict], completions: list[str]) -> Tensor:
     """One reward (rows,) of completions, each of the problem in the same row."""
     # TRL's signature: a reward function takes the columns that it needs, and the others as **columns.
-    names = {name for problem in problems for name in problem}
+    names = {name for problem in problems for name in problem} - {"prompts", "completions"}
     columns = {name: [problem.get(name) for problem in problems] for name in names}
     values = function(prompts=columns.pop("prompt"), completions=completions, **columns)
     with explained(f"The reward {name} must give one finite number for each completion"):
@@ -1376,21 +1408,19 @@ def score(task, problems: list[dict], completions: list[str]) -> dict[str, Tenso
     return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
 
 
-def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int | None) -> list[list[int]]:
-    """Token ids of each prompt; with a chat template, those of the question, a text or a list of messages.
+def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt; with a chat template, those of its messages, or of the question in its place.
 
-    A prompt that leaves no room for `new_tokens` ends the program, unless these are None.
+    A prompt that leaves no room for `new_tokens` ends the program.
     """
-    if model.tokenizer.chat_template:
-        questions = [problem.get("question", problem["prompt"]) for problem in problems]
-        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in questions]
-        template = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = model.encode([template(chat) for chat in chats], special_tokens=False)
-    else:
-        prompts = model.encode([problem["prompt"] for problem in problems])
-    context = model.config["max_position_embeddings"]
+    texts, chat = [problem["prompt"] for problem in problems], bool(model.tokenizer.chat_template)
+    if chat:
+        asked = [{"role": "user", "content": x.get("question", x["prompt"])} for x in problems]
+        with explained("A prompt is unfit"):
+            texts = [apply_template(model, x.get("messages", [y])) for x, y in zip(problems, asked)]
+    prompts, context = model.encode(texts, special_tokens=not chat), model.config["max_position_embeddings"]
     for problem, prompt in zip(problems, prompts):
-        if new_tokens is not None and not 0 < len(prompt) <= context - new_tokens:
+        if not 0 < len(prompt) <= context - new_tokens:
             sizes = f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the context of {context}"
             raise SystemExit(f"{sizes}: {problem['prompt'][:50]!r}; lower --max-completion-length or drop it")
     return prompts
@@ -1502,11 +1532,13 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
+        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        self.metrics, self.fingerprints = {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            refuse_changes(saved, self.arguments, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+            self.fingerprints = self.checkpoint.get("fingerprints", {})
+            check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
@@ -1528,6 +1560,12 @@ class Run:
         self.interrupted = True
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    def identify(self, name: str, fingerprint: int) -> None:
+        """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
+        is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
+        if not is_same and not (self.args.evaluate and name == "eval_dataset"):
+            raise SystemExit(f"{self.path} began with another {name} than {getattr(self.args, name)}")
 
     @property
     def advice(self) -> str:
@@ -1659,10 +1697,11 @@ class Run:
         if self.rank:
             return
         rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        old, new = file.read_text().splitlines() if file.exists() else [], [json.dumps(row) for row in rows]
+        text = file.read_text(errors="replace") if file.exists() else ""
         # Of the samples in the file, those of earlier steps, whole lines only.
-        steps = [re.match(r'{"step": (\d+), .*}$', line) for line in old]
-        old = [line for line, step in zip(old, steps) if step and int(step[1]) < self.step]
+        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
+        old = [line for line, step in found if int(step) < self.step]
+        new = [json.dumps(row) for row in rows]
         write_file(file, "".join(line + "\n" for line in old + new))
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
         if self.wandb:
@@ -1679,6 +1718,7 @@ class Run:
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        state |= {"fingerprints": self.fingerprints}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
@@ -1750,26 +1790,60 @@ def has_bfloat16(device: torch.device) -> bool:
 FORMAT = 2  # of a checkpoint
 
 
-def read_rows(source: str) -> list[dict]:
-    """The rows of a JSONL or Parquet file, or of the training split of a dataset on the Hugging Face hub."""
-    path, rows = Path(source), []
+def read_rows(source: str) -> Iterator[bytes | dict]:
+    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
     with explained(f"Cannot read the dataset {source}"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix not in (".json", ".jsonl"):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
+                yield from batch.to_pylist()
+        elif path.suffix in (".json", ".jsonl"):
+            with path.open("rb") as file:
+                yield from (line for line in file if line.strip())
+        else:
             import datasets
 
-            name, _, configuration = source.partition(":")
-            return list(datasets.load_dataset(name, configuration or None, split="train"))
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            if line.strip():
-                with explained(f"{source}, line {number} is not a JSON object"):
-                    rows.append(dict(json.loads(line)))
-    return rows
+            name, configuration, split = [*source.split(":"), "", ""][:3]
+            yield from datasets.load_dataset(name, configuration or None, split=split or "train")
+
+
+class Rows:
+    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+
+    def __init__(self, source: str | Path | None):
+        self.source, self.checksum, self.columns = source, 0, {}
+        self.dropped = defaultdict(list)  # row numbers by reason
+
+    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
+        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
+        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
+        while chunk := list(itertools.islice(rows, 100)):
+            parsed, count = [], count + len(chunk)
+            for number, row in chunk:
+                try:
+                    row = json.loads(row) if isinstance(row, bytes) else row
+                    if not isinstance(row, dict):
+                        raise ValueError("that are no JSON objects")
+                    self.columns |= dict.fromkeys(row)
+                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
+                    self.checksum = zlib.crc32(text, self.checksum)
+                    parsed.append((number, parse(row)))
+                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+                    self.dropped[reason].append(number)
+            yield parsed
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
+        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
+        if sum(map(len, self.dropped.values())) > count / 2:
+            columns = ", ".join(self.columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
+        if dropped:
+            say(line)
 
 
 def make_directory(args: Args) -> Path:
@@ -1870,10 +1944,11 @@ def read_args(run: str | Path) -> Args:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-# Flags that may change on resume or evaluation; any other would make it a different run.
+# Flags that may change on resume or evaluation; any other would make it a different run. A model or dataset
+# may lie in another place: what is there is compared with the fingerprint in the checkpoint.
 MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
-MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts"]
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts"]
 
 
 def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
@@ -1882,6 +1957,13 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
         if arguments.get(name) != value and name not in may_change:
             change = f"{name} from {value} to {arguments.get(name)}"
             raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
+
+
+def check_changes(saved: dict, args: Args) -> None:
+    """Ends the program if args differ from saved ones in a flag that may not change."""
+    new = dataclasses.asdict(args)
+    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
 
 
 def parse_args(arguments: list[str] | None = None) -> Args:
@@ -1900,8 +1982,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     unconfirmed += [] if args.reward else [f"--reward {reward}" for reward in saved.reward]
     if unconfirmed:
         raise SystemExit(f"The run imports modules of yours; confirm them with {' '.join(unconfirmed)}")
-    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
-    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    check_changes(dataclasses.asdict(saved), args)
     return args
 
 

@@ -31,9 +31,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -42,7 +44,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -65,14 +67,22 @@ from tqdm import tqdm
 Repeatable = Annotated[list[str], tyro.conf.UseAppendAction]  # a flag that may be given several times
 
 
+INSTRUCTION = (
+    "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
+)
+
+
 @dataclass
 class Args:
     # Task or dataset
     task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
-    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration] on the Hugging Face hub
+    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
+    eval_dataset: str | None = None  # held-out problems of its own; None holds out a tenth of the dataset
     prompt_column: str = "question"  # column of the dataset with the prompt, as text or as messages
-    answer_column: str = "answer"  # column with a number, after #### if it is a whole solution as in GSM8K
+    answer_column: str = "answer"  # column with a number, after #### as in GSM8K, or what your reward needs
+    system_prompt: str | None = None  # system message for prompts of the dataset without one
+    instruction: str = INSTRUCTION  # follows prompts of the dataset that are text, for models that chat
 
     # Model
     model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
@@ -268,19 +278,21 @@ def tagged_answer(completion: str) -> str | None:
     return None
 
 
+NUMBER = r"(?:\$-|-?\$?)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/0*[1-9]\d*)?|\.\d+)%?"
+
+
 def last_number(completion: str) -> str | None:
     """The last number of the last answer, whatever stands around it; for the lenient score."""
     answer = completion[-1000:].rpartition("<answer>")[2].partition("</answer>")[0]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer, re.ASCII)
+    numbers = re.findall(NUMBER, answer, re.ASCII)
     return numbers[-1] if numbers else None
 
 
 def parse_number(text: str | None) -> Fraction | None:
-    """The value of a decimal number such as -1,234.5 of at most 40 characters, or None."""
-    if text is None or len(text) > 40:
+    """The value of a number such as -1,234.5, -$5, .5, 1/2 or 50%, of at most 40 characters, or None."""
+    if text is None or len(text) > 40 or not re.fullmatch(NUMBER, text := text.strip(), re.ASCII):
         return None
-    text = text.strip().removeprefix("$").replace(",", "")
-    return Fraction(text) if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) else None
+    return Fraction(re.sub("[$,%]", "", text)) / (100 if text.endswith("%") else 1)
 
 
 def format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
@@ -294,11 +306,6 @@ def number_reward(
     """1 for the right number."""
     values = [parse_number(extract(completion)) for completion in completions]
     return [float(x is not None and x == parse_number(right)) for x, right in zip(values, answer)]
-
-
-INSTRUCTION = (
-    "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
-)
 
 
 class Arithmetic:
@@ -537,7 +544,7 @@ def train(args: Args, run: Run) -> None:
     task = make_task(args)
     model = load_model(task, args, run)
     if args.dataset:
-        task = Dataset(task, model, args)
+        task = Dataset(task, model, args, run)
     length = args.max_completion_length or task.max_completion_length
     args = dataclasses.replace(args, max_completion_length=length)
     reference = Reference(model, run, keep=args.beta > 0 or args.ref_model_sync_steps > 0)
@@ -632,6 +639,8 @@ def check(args: Args) -> None:
         raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and not (args.model or args.resume or args.evaluate):  # which have a model
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
+    if (args.eval_dataset or args.system_prompt) and not (args.dataset or args.resume or args.evaluate):
+        raise ValueError("eval_dataset and system_prompt belong to a dataset: give --dataset too")
 
 
 def check_limits(args: Args) -> None:
@@ -651,60 +660,70 @@ def check_limits(args: Args) -> None:
 
 
 class Dataset:
-    """Problems from a file or the hub, judged by the rewards of a task; shuffled anew in every pass.
-
-    A prompt is a text, to which chat models get INSTRUCTION, or a conversation, which is taken as it is. All
-    columns are passed to the rewards. Rows of no use are dropped and counted.
-    """
+    """Problems from files or the hub, judged by the rewards of a task; shuffled anew in every pass."""
 
     max_completion_length = 256
 
-    def __init__(self, task, model: Transformer, args: Args):
-        self.rewards, self.lenient = task.rewards, getattr(task, "lenient", None)
-        wants_number = any(function is number_reward for function, _ in self.rewards.values())
-        has_template = bool(model.tokenizer.chat_template)
-        rows, problems, dropped = read_rows(args.dataset), [], Counter()
-        columns = dict.fromkeys(column for row in rows for column in row)
-        for column in (args.prompt_column, args.answer_column):
-            if column not in columns:
-                raise SystemExit(f"{args.dataset} has no column {column}; there are: {', '.join(columns)}")
-        for row in rows:
-            question, answer = row.get(args.prompt_column), str(row.get(args.answer_column))
-            prompt, answer = question, answer.rpartition("####")[2].strip()
-            if isinstance(question, str):
-                question = f"{prompt} {INSTRUCTION}"
-            elif isinstance(question, list) and all(map(is_message, question)) and has_template:
-                prompt = "\n".join(message["content"] for message in question)
-            else:
-                prompt = ""
-            if not prompt.strip():
-                dropped["without a usable prompt"] += 1
-            elif wants_number and parse_number(answer) is None:
-                dropped["without a number as the answer"] += 1
-            else:
-                problem = {column: row.get(column) for column in columns}
-                problems.append(problem | {"prompt": prompt, "question": question, "answer": answer})
+    def __init__(self, task, model: Transformer, args: Args, run: Run):
+        self.parts, self.columns = {False: [], True: []}, {}  # rows by whether they are held out
+        self.model, self.args, self.rewards = model, args, task.rewards
+        self.wants_number = any(function is number_reward for function, _ in task.rewards.values())
+        self.lenient = getattr(task, "lenient", None) if self.wants_number else None
         room = model.config["max_position_embeddings"]
         room -= args.max_completion_length or self.max_completion_length
-        self.parts = {False: [], True: []}  # by is_held_out
-        for problem, tokens in zip(problems, encode_prompts(model, problems, None)):
-            if len(tokens) > room:
-                dropped["too long for the context"] += 1
-            else:
-                self.parts[is_held_out(problem["prompt"])].append(problem)
-        if dropped:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-            say(f"Dropped of the {len(rows):,} rows of {args.dataset}: {reasons}")
+        for name in ("dataset", "eval_dataset"):
+            rows = Rows(getattr(args, name))
+            for chunk in rows.chunks(lambda row: (row, *self.parse(row))):
+                texts = [text for _, (_, _, text) in chunk]
+                encoded = model.encode(texts, special_tokens=not model.tokenizer.chat_template)
+                for (number, (row, problem, _)), tokens in zip(chunk, encoded):
+                    held_out = name != "dataset" or not args.eval_dataset and is_held_out(problem["prompt"])
+                    if 0 < len(tokens) <= room:
+                        # As bytes: Python's objects would take several times the memory of the file.
+                        self.parts[held_out].append(pickle.dumps(row))
+                    else:
+                        rows.dropped["too long for the context, or without any token"].append(number)
+            run.identify(name, rows.checksum)
+            self.columns |= rows.columns
         if not all(self.parts.values()):
-            raise SystemExit(f"{args.dataset} has too few rows of use to hold out a tenth of them")
+            raise SystemExit(f"There are too few rows of use in {args.dataset}, or in --eval-dataset")
+
+    def parse(self, row: dict) -> tuple[dict, str]:
+        """The problem in a row, and its prompt as the model reads it; ValueError if the row is of no use.
+
+        A prompt is a text, to which chat models get --instruction, or a conversation, taken as it is.
+        """
+        args, system = self.args, self.args.system_prompt
+        prompt, answer = row.get(args.prompt_column), row.get(args.answer_column)
+        check_text(prompt, args.prompt_column)
+        is_chat = self.model.tokenizer.chat_template or isinstance(prompt, list)
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": f"{prompt} {args.instruction}".rstrip()}]
+        else:
+            prompt, messages = "\n".join(message["content"] for message in prompt), prompt
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("that end with an answer")
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        text = apply_template(self.model, messages) if is_chat else prompt
+        if system and messages[0]["content"].strip() not in text:
+            raise ValueError("whose system prompt the chat template leaves out")
+        if len(text) > 100 * self.model.config["max_position_embeddings"]:  # to read it would take minutes
+            raise ValueError("too long for the context, or without any token")
+        number = str(answer).rpartition("####")[2].strip()
+        if parse_number(number) is not None:
+            answer = number
+        elif self.wants_number:
+            raise ValueError("without a number as the answer")
+        return row | {"prompt": prompt, "messages": messages, "answer": answer}, text
 
     def draw(self, seed: int, index: int, held_out: bool) -> dict:
-        """Problem `index`; see the function of this name."""
+        """Problem `index`; see the function of this name. All have all columns, which rewards may ask for."""
         rows = self.parts[held_out]
-        if held_out:
-            return rows[index]
-        epoch, i = divmod(index, len(rows))
-        return rows[shuffled(seed, epoch, len(rows))[i]]
+        if not held_out:
+            epoch, i = divmod(index, len(rows))
+            index = shuffled(seed, epoch, len(rows))[i]
+        return self.parse(dict.fromkeys(self.columns) | pickle.loads(rows[index]))[0]
 
 
 @lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins
@@ -713,8 +732,24 @@ def shuffled(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("role", "content"))
+def check_text(value: object, column: str) -> None:
+    """Raises ValueError unless a value is a text or a list of messages, and not empty."""
+    if isinstance(value, list):
+        fields = [isinstance(x, dict) and x.get(name) for x in value for name in ("role", "content")]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError("with a message that lacks a role or a content")
+        value = fields[-1] if fields else ""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"without text in {column}")
+
+
+def apply_template(model: Transformer, messages: list[dict], begin_answer: bool = True) -> str:
+    """A conversation as text, and the beginning of an answer to it; ValueError if the template refuses."""
+    template = partial(model.tokenizer.apply_chat_template, tokenize=False)
+    try:
+        return template(messages, add_generation_prompt=begin_answer)
+    except Exception as error:  # of Jinja, in which templates are written
+        raise ValueError(f"that the chat template refuses ({' '.join(str(error).split())[:100]})")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -1044,7 +1079,18 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
         tokenizer = AutoTokenizer.from_pretrained(path)
     model = Transformer.from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
+        raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
     return model
+
+
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
+    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
+    for name, x in model.state_dict().items():
+        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
+        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
+    return checksum
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
@@ -1052,6 +1098,8 @@ def load_model(task, args: Args, run: Run) -> Transformer:
     if args.model or run.is_warm:
         source = args.model or run.path / "reference"
         model = read_model(source, run.device, None if args.lora_rank else torch.float32)
+        if args.model:
+            run.identify("model", fingerprint(model))
         add_adapters(model, args, run)
     else:
         model = make_model(task, args).to(run.device)
@@ -1399,7 +1447,7 @@ def draw(task, seed: int, index: int, held_out: bool = False) -> dict:
 def call_reward(name: str, function: Callable, problems: list[dict], completions: list[str]) -> Tensor:
     """One reward (rows,) of completions, each of the problem in the same row."""
     # TRL's signature: a reward function takes the columns that it needs, and the others as **columns.
-    names = {name for problem in problems for name in problem}
+    names = {name for problem in problems for name in problem} - {"prompts", "completions"}
     columns = {name: [problem.get(name) for problem in problems] for name in names}
     values = function(prompts=columns.pop("prompt"), completions=completions, **columns)
     with explained(f"The reward {name} must give one finite number for each completion"):
@@ -1415,21 +1463,19 @@ def score(task, problems: list[dict], completions: list[str]) -> dict[str, Tenso
     return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
 
 
-def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int | None) -> list[list[int]]:
-    """Token ids of each prompt; with a chat template, those of the question, a text or a list of messages.
+def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt; with a chat template, those of its messages, or of the question in its place.
 
-    A prompt that leaves no room for `new_tokens` ends the program, unless these are None.
+    A prompt that leaves no room for `new_tokens` ends the program.
     """
-    if model.tokenizer.chat_template:
-        questions = [problem.get("question", problem["prompt"]) for problem in problems]
-        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in questions]
-        template = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = model.encode([template(chat) for chat in chats], special_tokens=False)
-    else:
-        prompts = model.encode([problem["prompt"] for problem in problems])
-    context = model.config["max_position_embeddings"]
+    texts, chat = [problem["prompt"] for problem in problems], bool(model.tokenizer.chat_template)
+    if chat:
+        asked = [{"role": "user", "content": x.get("question", x["prompt"])} for x in problems]
+        with explained("A prompt is unfit"):
+            texts = [apply_template(model, x.get("messages", [y])) for x, y in zip(problems, asked)]
+    prompts, context = model.encode(texts, special_tokens=not chat), model.config["max_position_embeddings"]
     for problem, prompt in zip(problems, prompts):
-        if new_tokens is not None and not 0 < len(prompt) <= context - new_tokens:
+        if not 0 < len(prompt) <= context - new_tokens:
             sizes = f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the context of {context}"
             raise SystemExit(f"{sizes}: {problem['prompt'][:50]!r}; lower --max-completion-length or drop it")
     return prompts
@@ -1541,11 +1587,13 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
+        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        self.metrics, self.fingerprints = {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            refuse_changes(saved, self.arguments, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+            self.fingerprints = self.checkpoint.get("fingerprints", {})
+            check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
@@ -1567,6 +1615,12 @@ class Run:
         self.interrupted = True
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    def identify(self, name: str, fingerprint: int) -> None:
+        """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
+        is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
+        if not is_same and not (self.args.evaluate and name == "eval_dataset"):
+            raise SystemExit(f"{self.path} began with another {name} than {getattr(self.args, name)}")
 
     @property
     def advice(self) -> str:
@@ -1698,10 +1752,11 @@ class Run:
         if self.rank:
             return
         rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        old, new = file.read_text().splitlines() if file.exists() else [], [json.dumps(row) for row in rows]
+        text = file.read_text(errors="replace") if file.exists() else ""
         # Of the samples in the file, those of earlier steps, whole lines only.
-        steps = [re.match(r'{"step": (\d+), .*}$', line) for line in old]
-        old = [line for line, step in zip(old, steps) if step and int(step[1]) < self.step]
+        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
+        old = [line for line, step in found if int(step) < self.step]
+        new = [json.dumps(row) for row in rows]
         write_file(file, "".join(line + "\n" for line in old + new))
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
         if self.wandb:
@@ -1718,6 +1773,7 @@ class Run:
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        state |= {"fingerprints": self.fingerprints}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
@@ -1789,26 +1845,60 @@ def has_bfloat16(device: torch.device) -> bool:
 FORMAT = 2  # of a checkpoint
 
 
-def read_rows(source: str) -> list[dict]:
-    """The rows of a JSONL or Parquet file, or of the training split of a dataset on the Hugging Face hub."""
-    path, rows = Path(source), []
+def read_rows(source: str) -> Iterator[bytes | dict]:
+    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
     with explained(f"Cannot read the dataset {source}"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix not in (".json", ".jsonl"):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
+                yield from batch.to_pylist()
+        elif path.suffix in (".json", ".jsonl"):
+            with path.open("rb") as file:
+                yield from (line for line in file if line.strip())
+        else:
             import datasets
 
-            name, _, configuration = source.partition(":")
-            return list(datasets.load_dataset(name, configuration or None, split="train"))
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            if line.strip():
-                with explained(f"{source}, line {number} is not a JSON object"):
-                    rows.append(dict(json.loads(line)))
-    return rows
+            name, configuration, split = [*source.split(":"), "", ""][:3]
+            yield from datasets.load_dataset(name, configuration or None, split=split or "train")
+
+
+class Rows:
+    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+
+    def __init__(self, source: str | Path | None):
+        self.source, self.checksum, self.columns = source, 0, {}
+        self.dropped = defaultdict(list)  # row numbers by reason
+
+    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
+        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
+        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
+        while chunk := list(itertools.islice(rows, 100)):
+            parsed, count = [], count + len(chunk)
+            for number, row in chunk:
+                try:
+                    row = json.loads(row) if isinstance(row, bytes) else row
+                    if not isinstance(row, dict):
+                        raise ValueError("that are no JSON objects")
+                    self.columns |= dict.fromkeys(row)
+                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
+                    self.checksum = zlib.crc32(text, self.checksum)
+                    parsed.append((number, parse(row)))
+                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+                    self.dropped[reason].append(number)
+            yield parsed
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
+        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
+        if sum(map(len, self.dropped.values())) > count / 2:
+            columns = ", ".join(self.columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
+        if dropped:
+            say(line)
 
 
 def make_directory(args: Args) -> Path:
@@ -1909,10 +1999,11 @@ def read_args(run: str | Path) -> Args:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-# Flags that may change on resume or evaluation; any other would make it a different run.
+# Flags that may change on resume or evaluation; any other would make it a different run. A model or dataset
+# may lie in another place: what is there is compared with the fingerprint in the checkpoint.
 MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
-MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts", "eval_samples"]
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts", "eval_samples"]
 
 
 def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
@@ -1921,6 +2012,13 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
         if arguments.get(name) != value and name not in may_change:
             change = f"{name} from {value} to {arguments.get(name)}"
             raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
+
+
+def check_changes(saved: dict, args: Args) -> None:
+    """Ends the program if args differ from saved ones in a flag that may not change."""
+    new = dataclasses.asdict(args)
+    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
 
 
 def parse_args(arguments: list[str] | None = None) -> Args:
@@ -1939,8 +2037,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     unconfirmed += [] if args.reward else [f"--reward {reward}" for reward in saved.reward]
     if unconfirmed:
         raise SystemExit(f"The run imports modules of yours; confirm them with {' '.join(unconfirmed)}")
-    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
-    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    check_changes(dataclasses.asdict(saved), args)
     return args
 
 
