@@ -41,6 +41,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -619,7 +620,7 @@ def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> t
                 elif not held_out or len(labels) < len(found) * args.eval_prompts:  # no more are evaluated
                     sequences.extend(Sequence(prompt, completion) for completion in found)
                     labels.extend(row.labels)
-        run.identify(name, rows.checksum)
+        run.identify(name, rows.source, rows.checksum)
     if not all(labels for _, labels in parts):
         raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
     data = []
@@ -945,8 +946,8 @@ class Transformer(nn.Module):
             for file in sorted(path.glob("model*.safetensors")):
                 with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
                     for name in tensors.keys():
-                        weights[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
-                        model.file_type = tensors.get_tensor(name).dtype
+                        x = tensors.get_tensor(name)
+                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
             if not weights:
                 raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
             weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
@@ -959,8 +960,7 @@ class Transformer(nn.Module):
             if model.config["tie_word_embeddings"]:
                 model.lm_head.weight = model.model["embed_tokens"].weight
             # Chat models stop at several tokens, and the files name different ones of them.
-            file = path / "generation_config.json"
-            model.folder, model.generation_config = path, {}
+            model.folder, file = path, path / "generation_config.json"
             if file.exists():
                 model.generation_config = json.loads(file.read_text())
             for values in (config, model.generation_config):
@@ -1055,7 +1055,7 @@ def load_model(task, args: Args, run: Run) -> Transformer:
         source = args.model or run.path / "reference"
         model = read_model(source, run.device, None if args.lora_rank else torch.float32)
         if args.model:
-            run.identify("model", fingerprint(model))
+            run.identify("model", args.model, fingerprint(model))
         add_adapters(model, args, run)
     else:
         model = make_model(task, args).to(run.device)
@@ -1532,17 +1532,16 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
-        self.metrics, self.fingerprints = {}, {}
+        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            self.fingerprints = self.checkpoint.get("fingerprints", {})
             check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
         self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
+        self.fingerprints = self.checkpoint.get("fingerprints", {})
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1561,11 +1560,11 @@ class Run:
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
 
-    def identify(self, name: str, fingerprint: int) -> None:
+    def identify(self, name: str, source: object, fingerprint: int) -> None:
         """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
         is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
         if not is_same and not (self.args.evaluate and name == "eval_dataset"):
-            raise SystemExit(f"{self.path} began with another {name} than {getattr(self.args, name)}")
+            raise SystemExit(f"{self.path} began with another {name} than {source}")
 
     @property
     def advice(self) -> str:
@@ -1729,16 +1728,17 @@ class Run:
 
     def export(self) -> None:
         """Writes the model, or its adapters, with a model card."""
-        args, model, words = self.args, self.state["model"], [f"python {Path(__file__).name}"]
-        for name, default in dataclasses.asdict(Args()).items():
-            x, flag = self.arguments[name], name.replace("_", "-")
-            if x != default and isinstance(x, bool):
+        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
+        for name, x in self.arguments.items():
+            flag = name.replace("_", "-")
+            if x != getattr(Args(), name) and isinstance(x, bool):
                 words.append(f"--{flag}" if x else f"--no-{flag}")
-            elif x != default:
-                words += [f"--{flag} {value}" for value in (x if isinstance(x, list) else [x])]
+            elif x != getattr(Args(), name):
+                values = x if isinstance(x, list) else [x]
+                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
-        for name in ("torch", "transformers", "safetensors"):
-            rows.append(f"| {name} | {importlib.metadata.version(name)} |")
+        rows += [f"| {name} | {x} |" for name, x in versions.items()]
         card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
         card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
         card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])

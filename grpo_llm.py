@@ -38,6 +38,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -65,7 +66,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Repeatable = Annotated[list[str], tyro.conf.UseAppendAction]  # a flag that may be given several times
-
 
 INSTRUCTION = (
     "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
@@ -437,8 +437,8 @@ def make_batch(groups: list[Group], advantages: Tensor, reference: Reference | N
     """The completions of all groups, with advantages (groups, G) and what the reference makes of them."""
     completions = [group.completions for group in groups]
     sequences = [Sequence(group.prompt, tokens) for group in groups for tokens in group.completions.tokens]
-    old_log_probs = torch.cat([x.log_probs for x in completions])
-    (_, length), device = old_log_probs.shape, old_log_probs.device
+    sampled = torch.cat([x.log_probs for x in completions])
+    (_, length), device = sampled.shape, sampled.device
     ends = torch.tensor([len(tokens) for _, tokens in sequences], device=device)
     mask = torch.arange(length, device=device) < ends[:, None]
     if args.mask_truncated_completions:
@@ -447,8 +447,7 @@ def make_batch(groups: list[Group], advantages: Tensor, reference: Reference | N
     if reference is not None:
         with reference as frozen:
             reference_log_probs = log_probs_under(frozen, sequences, length, args)
-    old_log_probs = old_log_probs, old_log_probs
-    return Batch(sequences, advantages.flatten().to(device), mask, *old_log_probs, reference_log_probs)
+    return Batch(sequences, advantages.flatten().to(device), mask, sampled, sampled, reference_log_probs)
 
 
 @torch.no_grad()
@@ -683,7 +682,7 @@ class Dataset:
                         self.parts[held_out].append(pickle.dumps(row))
                     else:
                         rows.dropped["too long for the context, or without any token"].append(number)
-            run.identify(name, rows.checksum)
+            run.identify(name, rows.source, rows.checksum)
             self.columns |= rows.columns
         if not all(self.parts.values()):
             raise SystemExit(f"There are too few rows of use in {args.dataset}, or in --eval-dataset")
@@ -762,21 +761,19 @@ def evaluate(
 
     The first reward counts as correctness. If it is graded, pass@1 is its mean, pass@k that of the best of k.
     """
-    (rank, world), k, lenient = rank_and_world(), args.eval_samples, getattr(task, "lenient", None)
+    k, lenient = args.eval_samples, getattr(task, "lenient", None)
     count = min(args.eval_prompts, len(task.parts[True])) if args.dataset else args.eval_prompts
-    problems = [draw(task, args.seed, i, held_out=True) for i in range(count)]
+    problems = my_share([draw(task, args.seed, i, held_out=True) for i in range(count)])
     generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED)
-    uniforms = torch.rand(count, k, args.max_completion_length, generator=generator)
+    uniforms = my_share(torch.rand(count, k, args.max_completion_length, generator=generator))
     names = ["pass@1", f"pass@{k}", "greedy_pass@1", "mean_length", "clipped_ratio", "kl_to_reference"]
     names += ["accuracy_lenient"] if lenient else []
     totals, samples, sequences, log_probs = torch.zeros(len(names), dtype=torch.float64), [], [], []
-    size = max(args.num_prompts * args.num_generations // world // k, 1)  # as many rows as in training
-    for first in range(rank * size, count, world * size):
-        part = slice(first, first + size)
+    if problems:  # there may be fewer than processes
         with run.precision:
-            groups = sample_groups(model, task, problems[part], uniforms[part], args.temperature, args)
-            greedy = sample_groups(model, task, problems[part], uniforms[part, :1], 0.0, args)
-        for problem, group, best in zip(problems[part], groups, greedy):
+            groups = sample_groups(model, task, problems, uniforms, args.temperature, args)
+            greedy = sample_groups(model, task, problems, uniforms[:, :1], 0.0, args)
+        for problem, group, best in zip(problems, groups, greedy):
             tokens, _, finished = group.completions
             sequences.append(Sequence(group.prompt, tokens[0]))
             log_probs.append(group.completions.log_probs[0])
@@ -787,7 +784,7 @@ def evaluate(
             sample = {"prompt": problem["prompt"], "completion": group.texts[0]}
             sample |= {name: rewards[0].item() for name, rewards in group.rewards.items()}
             samples.append(sample | {"length": len(tokens[0]), "finished": finished[0].item()})
-    if sequences:  # log(policy / reference) of whole completions; one of each prompt is enough
+        # log(policy / reference) of whole completions; one of each prompt is enough.
         with run.precision, reference as frozen:
             log_ratios = torch.stack(log_probs)
             log_ratios -= log_probs_under(frozen, sequences, log_ratios.shape[1], args)
@@ -989,8 +986,8 @@ class Transformer(nn.Module):
             for file in sorted(path.glob("model*.safetensors")):
                 with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
                     for name in tensors.keys():
-                        weights[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
-                        model.file_type = tensors.get_tensor(name).dtype
+                        x = tensors.get_tensor(name)
+                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
             if not weights:
                 raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
             weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
@@ -1003,8 +1000,7 @@ class Transformer(nn.Module):
             if model.config["tie_word_embeddings"]:
                 model.lm_head.weight = model.model["embed_tokens"].weight
             # Chat models stop at several tokens, and the files name different ones of them.
-            file = path / "generation_config.json"
-            model.folder, model.generation_config = path, {}
+            model.folder, file = path, path / "generation_config.json"
             if file.exists():
                 model.generation_config = json.loads(file.read_text())
             for values in (config, model.generation_config):
@@ -1099,7 +1095,7 @@ def load_model(task, args: Args, run: Run) -> Transformer:
         source = args.model or run.path / "reference"
         model = read_model(source, run.device, None if args.lora_rank else torch.float32)
         if args.model:
-            run.identify("model", fingerprint(model))
+            run.identify("model", args.model, fingerprint(model))
         add_adapters(model, args, run)
     else:
         model = make_model(task, args).to(run.device)
@@ -1587,17 +1583,16 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
-        self.metrics, self.fingerprints = {}, {}
+        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            self.fingerprints = self.checkpoint.get("fingerprints", {})
             check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
         self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
+        self.fingerprints = self.checkpoint.get("fingerprints", {})
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1616,11 +1611,11 @@ class Run:
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
 
-    def identify(self, name: str, fingerprint: int) -> None:
+    def identify(self, name: str, source: object, fingerprint: int) -> None:
         """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
         is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
         if not is_same and not (self.args.evaluate and name == "eval_dataset"):
-            raise SystemExit(f"{self.path} began with another {name} than {getattr(self.args, name)}")
+            raise SystemExit(f"{self.path} began with another {name} than {source}")
 
     @property
     def advice(self) -> str:
@@ -1784,16 +1779,17 @@ class Run:
 
     def export(self) -> None:
         """Writes the model, or its adapters, with a model card."""
-        args, model, words = self.args, self.state["model"], [f"python {Path(__file__).name}"]
-        for name, default in dataclasses.asdict(Args()).items():
-            x, flag = self.arguments[name], name.replace("_", "-")
-            if x != default and isinstance(x, bool):
+        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
+        for name, x in self.arguments.items():
+            flag = name.replace("_", "-")
+            if x != getattr(Args(), name) and isinstance(x, bool):
                 words.append(f"--{flag}" if x else f"--no-{flag}")
-            elif x != default:
-                words += [f"--{flag} {value}" for value in (x if isinstance(x, list) else [x])]
+            elif x != getattr(Args(), name):
+                values = x if isinstance(x, list) else [x]
+                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
-        for name in ("torch", "transformers", "safetensors"):
-            rows.append(f"| {name} | {importlib.metadata.version(name)} |")
+        rows += [f"| {name} | {x} |" for name, x in versions.items()]
         card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
         card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
         card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])

@@ -1239,7 +1239,7 @@ class Workplace:
     def __init__(self, path: Path):
         self.path = path
 
-    def identify(self, name: str, fingerprint: int) -> None:
+    def identify(self, name: str, source: object, fingerprint: int) -> None:
         pass
 
 

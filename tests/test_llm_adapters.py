@@ -1,17 +1,14 @@
 """LoRA in the scripts for language models, against peft, plain matrix products and uninterrupted runs."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY, checkpoint_difference, read_curves, start
+from helpers import checkpoint_difference, read_curves, start
 from test_ppo_continuous_runs import flags, refusal
 
 import dpo_llm as dpo
@@ -265,12 +262,15 @@ def test_two_processes_with_adapters_take_the_step_of_one(finished, tmp_path):
     }
     settings |= {"num_minibatches": 1} if script is grpo else {}
     one = script.main(script.Args(**settings, runs=str(tmp_path / "one")))
-    port = {grpo: "29521", dpo: "29522"}[script]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command += [str(REPOSITORY / f"{script.__name__}.py"), *flags(**settings, runs=tmp_path / "two")]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # The two processes that torchrun would start.
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": {grpo: "29521", dpo: "29522"}[script]}
+    words = [f"{script.__name__}.py", *flags(**settings, runs=tmp_path / "two")]
+    processes = [
+        start(*words, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **place) for rank in "01"
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
     states = [script.load_checkpoint(run) for run in (one, the_run(tmp_path / "two"))]
     first_moments = [[x["exp_avg"] for x in state["optimizer"]["state"].values()] for state in states]
     assert any(x.abs().max() > 1e-4 for x in first_moments[0])

@@ -3,6 +3,7 @@
 `python tests/test_own_model.py` makes them in the folder where it is started, for a reader of the page.
 """
 
+import contextlib
 import itertools
 import json
 import random
@@ -19,6 +20,7 @@ import dpo_llm
 import grpo_llm
 from examples import own_reward
 
+SCRIPTS = {"dpo_llm.py": dpo_llm, "grpo_llm.py": grpo_llm}
 PAGE = (REPOSITORY / "docs" / "own_model.md").read_text()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SYSTEM = "Answer with a day of the week."
@@ -121,9 +123,13 @@ def folder(tmp_path_factory) -> Path:
             words = with_flags(words, **SMALL_DPO)
         elif "grpo_llm.py" in words:
             words = with_flags(words, **SMALL_GRPO)
-        words = words[words.index("python") + 1 :]
-        code, output = run_script(*words, cwd=folder, PYTHONPATH=str(REPOSITORY))
-        assert code == 0, f"{shlex.join(words)}\n{output}"
+        script, *words = words[words.index("python") + 1 :]
+        if script in SCRIPTS:  # in this process, which takes a fifth of the time
+            with contextlib.chdir(folder):
+                SCRIPTS[script].main(SCRIPTS[script].parse_args(words))
+        else:
+            code, output = run_script(script, *words, cwd=folder, PYTHONPATH=str(REPOSITORY))
+            assert code == 0, output
     return folder
 
 
@@ -164,11 +170,11 @@ def test_result_is_read_by_transformers(folder, monkeypatch, capsys):
 
 
 def test_commands_with_a_model_of_the_hub_are_understood():
-    modules, found = {"dpo_llm.py": dpo_llm, "grpo_llm.py": grpo_llm}, 0
+    found = 0
     for words in commands():
-        if any(flag in words for flag in ("--resume", "--evaluate")) or words[1] not in modules:
+        if any(flag in words for flag in ("--resume", "--evaluate")) or words[1] not in SCRIPTS:
             continue
-        args = modules[words[1]].parse_args(words[2:])
+        args = SCRIPTS[words[1]].parse_args(words[2:])
         found += "Qwen" in args.model
         assert args.dataset
     assert found == 2
