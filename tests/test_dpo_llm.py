@@ -1578,12 +1578,14 @@ def without_places(run: Path) -> dict:
     return state | {"args": state["args"] | {"model": "", "dataset": "", "max_steps": 0}}
 
 
-def test_model_and_dataset_may_move_but_not_change(peer, tmp_path):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_model_and_dataset_may_move_but_not_change(lora_rank, peer, tmp_path):
     """A resumed run equals an uninterrupted one from the old places; others are refused with a sentence."""
     model = tmp_path / "model"
     shutil.copytree(peer, model)
     data = write_rows(tmp_path / "sums.jsonl", chats(60))
     settings = {"model": str(model), "dataset": data, "max_completion_length": 5, "eval_prompts": 4}
+    settings["lora_rank"] = lora_rank
     reference = train(tmp_path / "reference", max_steps=2, anneal_lr=False, **settings)
     run = train(tmp_path / "runs", max_steps=1, anneal_lr=False, **settings)
     assert not (run / "reference").exists()  # no copy of the model
