@@ -88,7 +88,7 @@ class Args:
     label_noise: float = 0.1  # probability that the worse completion of a pair is labelled as chosen
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads

@@ -85,7 +85,7 @@ class Args:
     instruction: str = INSTRUCTION  # follows prompts of the dataset that are text, for models that chat
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
