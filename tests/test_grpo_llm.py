@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY, checkpoint_difference, read_curves, run_script, start
+from helpers import REPOSITORY, checkpoint_difference, read_curves, run_script, run_two_processes, start
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, refusal
 
 import grpo_llm as grpo
@@ -1209,11 +1209,7 @@ def test_two_processes_take_the_step_of_one(finished_run, tmp_path):
 def test_warm_up_is_shared_by_processes(tmp_path):
     settings = TINY | {"sft_steps": 3, "max_steps": 1, "eval_interval": 0}
     one = train(tmp_path / "one", **settings)
-    command = [*TORCHRUN, "29518", str(REPOSITORY / SCRIPT), *flags(**settings, runs=tmp_path / "two")]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0
+    run_two_processes(SCRIPT, 29518, *flags(**settings, runs=tmp_path / "two"), cwd=tmp_path)
     (two,) = (tmp_path / "two").iterdir()
     weights = [grpo.Transformer.from_pretrained(run / "reference").state_dict() for run in (one, two)]
     for name, x in weights[0].items():
