@@ -4,13 +4,10 @@ import contextlib
 import copy
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -20,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY, checkpoint_difference, read_curves, start
+from helpers import checkpoint_difference, read_curves, run_two_processes, start
 from test_grpo_llm import SHAPE, write_rows
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, refusal
 
@@ -1646,18 +1643,12 @@ def test_tokens_that_end_a_text_must_be_known(unknown, saved_model, tmp_path):
     assert str(unknown[1] if isinstance(unknown, list) else unknown) in message
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-
-
 def test_two_processes_take_the_step_of_one(saved_model, tmp_path):
     """The first step of KTO, which needs the KL of the whole batch: metrics, gradient and moved weights."""
     settings = TINY | {"model": saved_model, "loss": "kto", "max_steps": 1, "eval_interval": 1}
     settings |= {"warmup_steps": 0, "num_pairs": 40, "eval_prompts": 17, "micro_batch_size": 5}
     one = train(tmp_path / "one", **settings)
-    command = [*TORCHRUN, "29519", str(REPOSITORY / SCRIPT), *flags(**settings, runs=tmp_path / "two")]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two_processes(SCRIPT, 29519, *flags(**settings, runs=tmp_path / "two"), cwd=tmp_path)
     two = the_run(tmp_path / "two")
     assert (one / "pairs.jsonl").read_text() == (two / "pairs.jsonl").read_text()
     states = [dpo.load_checkpoint(run) for run in (one, two)]
