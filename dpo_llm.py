@@ -34,18 +34,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
+import importlib.metadata
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import zipfile
 import zlib
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -58,6 +62,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -71,7 +76,8 @@ class Args:
     # Task or dataset
     task: str = "Reviews"  # generated prompts and their reward; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
-    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration] on the Hugging Face hub
+    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
+    eval_dataset: str | None = None  # held-out rows of its own; None holds out a tenth of the dataset
     prompt_column: str = "prompt"  # column of the dataset with the prompt, as text or as messages
     chosen_column: str = "chosen"  # column with the preferred completion, or the conversation that it ends
     rejected_column: str = "rejected"  # column with the other completion
@@ -82,14 +88,16 @@ class Args:
     label_noise: float = 0.1  # probability that the worse completion of a pair is labelled as chosen
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
     sft_steps: int = 300  # warm-up of that small model: steps of supervised fine-tuning on demonstrations
     sft_batch_size: int = 64  # demonstrations per warm-up step
     sft_learning_rate: float = 2e-3  # highest learning rate of AdamW in the warm-up
-    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; weights stay in float32
+    lora_rank: int = 0  # train adapters of this rank beside the linear layers (LoRA); 0 trains all weights
+    lora_alpha: float = 32.0  # the adapters are multiplied by lora_alpha / lora_rank
+    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; what learns stays in float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
 
     # Algorithm
@@ -104,6 +112,7 @@ class Args:
     max_steps: int = 225  # optimizer steps, one batch each
     batch_size: int = 64  # pairs per step, over all processes; with --loss kto twice as many completions
     micro_batch_size: int = 128  # completions per forward and backward pass; changes memory and speed only
+    micro_batch_tokens: int = 8192  # tokens per forward and backward pass, so that memory has a limit
     learning_rate: float = 5e-4  # highest learning rate of AdamW; 5e-7 to 5e-6 for pretrained models
     warmup_steps: int = 10  # steps over which the learning rate rises to its highest value
     anneal_lr: bool = True  # afterwards lower it linearly to 5 percent at max_steps
@@ -119,6 +128,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is a GPU if there is one
     checkpoint_interval: int = 50  # optimizer steps between checkpoints
     checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    export: Literal["merged", "adapters"] = "merged"  # with LoRA, a whole model or the adapters alone
+    export_interval: int = 0  # steps between exports of the model; 0 for the end only
     run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
@@ -315,7 +326,7 @@ def sample_pairs(reference: Transformer, task, args: Args) -> list[dict]:
     generator, noise = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     uniforms = torch.rand(len(problems), 2, args.max_completion_length, generator=generator)
     prompts = encode_prompts(reference, problems, args.max_completion_length)
-    completions = sample(reference, prompts, uniforms)
+    completions = sample(reference, prompts, uniforms, args)
     texts = reference.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(2)], texts)["reward"].view(-1, 2)
     pairs = []
@@ -343,8 +354,9 @@ def take_step(
 ) -> dict[str, float]:
     """One optimizer step; returns metrics. A unit is the two rows of a pair, or a single row with KTO."""
     count, units = len(units), my_share(units)
-    size = max(args.micro_batch_size // args.rows_per_unit, 1)
-    parts = [data.select(sum(units[i : i + size], []), model.device) for i in range(0, len(units), size)]
+    rows = sum(units, [])
+    parts = split([data.sequences[row] for row in rows], args, args.rows_per_unit)
+    parts = [data.select([rows[i] for i in part], model.device) for part in parts]
     kl = torch.zeros((), device=model.device)
     if args.loss == "kto":  # of the whole batch, so that its division into micro-batches changes nothing
         with torch.no_grad():
@@ -392,20 +404,19 @@ def train(args: Args, run: Run) -> None:
 
     # 1. The reference: a model that was read, or a small one that learns from demonstrations first.
     warm_up(model, optimizer, task, args, run)
-    reference = read_reference(model, run)
+    reference = Reference(model, run)
 
     # 2. Preferences, read or sampled from the reference, with their log-probabilities under it.
-    with run.precision:
-        data, held_out = load_preferences(reference, task, args, run)
-        before = sample_held_out(reference, task, held_out, args, args.seed + 2 * EVALUATION_SEED)
-    del reference  # evaluations read it again
+    with run.precision, reference as frozen:
+        data, held_out = load_preferences(frozen, task, args, run)
+        before = sample_held_out(frozen, task, held_out, args, args.seed + 2 * EVALUATION_SEED)
     units = len(data.sequences) // args.rows_per_unit
     per_step = args.batch_size * 2 // args.rows_per_unit
     name = "completions" if args.loss == "kto" else "pairs"
     say(f"{units:,} {name}, {args.max_steps * per_step / units:.1f} passes")
 
     # 3. Learn: one optimizer step on each batch.
-    for _ in run.iterations(partial(evaluate, model, held_out, before, task, args, run)):
+    for _ in run.iterations(partial(evaluate, model, reference, held_out, before, task, args, run)):
         rate = args.learning_rate * schedule(run.step, args)
         optimizer.param_groups[0]["lr"] = rate
         batch = draw_units(data, run.step, args)
@@ -425,10 +436,11 @@ EVALUATION_SEED = 1_000_000_000  # added to the seed: evaluations share no rando
 
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": """max_steps checkpoint_interval eval_prompts hidden_size num_layers num_heads sft_batch_size
-                   num_pairs batch_size micro_batch_size max_length max_completion_length""",
-    "[0, inf)": """eval_interval sft_steps warmup_steps simpo_gamma orpo_lambda desirable_weight
-                   undesirable_weight sft_coef""",
-    "(0, inf)": "beta learning_rate sft_learning_rate max_grad_norm checkpoint_minutes",
+                   num_pairs batch_size micro_batch_size micro_batch_tokens max_length
+                   max_completion_length""",
+    "[0, inf)": """eval_interval export_interval sft_steps warmup_steps simpo_gamma orpo_lambda
+                   desirable_weight undesirable_weight sft_coef lora_rank""",
+    "(0, inf)": "beta learning_rate sft_learning_rate max_grad_norm checkpoint_minutes lora_alpha",
     "[0, 0.5)": "label_smoothing label_noise",
     "[0, 4294967296)": "seed",
 }
@@ -444,8 +456,12 @@ def check(args: Args) -> None:
         raise ValueError(f"label_smoothing belongs to the loss dpo, not to {args.loss}")
     if args.sft_coef and args.loss in ("kto", "sft"):
         raise ValueError(f"sft_coef belongs to the losses of pairs, not to {args.loss}")
+    if args.export == "adapters" and not args.lora_rank:
+        raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and not (args.model or args.resume or args.evaluate):
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
+    if args.eval_dataset and not (args.dataset or args.resume or args.evaluate):
+        raise ValueError("eval_dataset belongs to a dataset: give --dataset too")
     if args.dataset and args.reward:
         raise ValueError("a reward judges the completions of a task, and a dataset has none")
 
@@ -471,7 +487,6 @@ class Data:
     """N completions of prompts; of pairs, row 2 i is the chosen one and row 2 i + 1 the rejected one."""
 
     paired: bool
-    texts: list[str]  # the prompts
     sequences: list[Sequence]  # prompts and completions, each with the token that ends it
     mismatched: list[Sequence]  # the completions after other prompts, for the KL of KTO
     labels: Tensor  # (N,), True if chosen, or desirable
@@ -479,7 +494,7 @@ class Data:
     mismatched_reference: Tensor  # (N,), the same after other prompts, with KTO
 
     def select(self, rows: list[int], device: torch.device) -> Data:
-        lists = ([x[row] for row in rows] for x in (self.texts, self.sequences, self.mismatched))
+        lists = ([x[row] for row in rows] for x in (self.sequences, self.mismatched))
         tensors = (self.labels, self.reference, self.mismatched_reference)
         return Data(self.paired, *lists, *(x[rows].to(device) for x in tensors))
 
@@ -494,8 +509,17 @@ def mismatch(sequences: list[Sequence], limit: int) -> list[Sequence]:
     return mismatched
 
 
-def parse_row(row: dict, args: Args) -> list[tuple[Sequence, bool]]:
-    """The two completions of a pair, chosen first, or one with its label; ValueError if the row is of no use.
+class ParsedRow(NamedTuple):
+    """The completions of a row after their prompt, as text."""
+
+    form: tuple[type, int]  # str or, for messages, list; how many completions there are
+    held_out: bool
+    sequences: list[Sequence]  # of a pair, the chosen one comes first
+    labels: list[bool]
+
+
+def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
+    """Reads a pair, or a completion with its label; raises ValueError if the row is of no use.
 
     Prompt and completion are both text, or both messages. Of these the last one is the completion, whichever
     column the others stand in.
@@ -508,99 +532,102 @@ def parse_row(row: dict, args: Args) -> list[tuple[Sequence, bool]]:
         columns, labels = [args.completion_column], [row.get(args.label_column)]
         if labels[0] not in (True, False):
             raise ValueError(f"whose {args.label_column} is neither true nor false")
-    for column, label in zip(columns, labels):
+    for column in columns:
         prompt, completion = row.get(args.prompt_column), row.get(column)
         if isinstance(completion, list) and len(completion) > 1:
             # Either the whole conversation, or the part of it that follows a prompt of messages.
             follows = isinstance(prompt, list) and completion[: len(prompt)] != prompt
             prompt, completion = (prompt if follows else []) + completion[:-1], completion[-1:]
-        for name, value in ((args.prompt_column, prompt), (column, completion)):
-            if value is None:
-                raise ValueError(f"without {name}")
-        if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
+        check_text(prompt, args.prompt_column)
+        check_text(completion, column)
+        if type(prompt) is not type(completion):
             raise ValueError(f"whose {args.prompt_column} and {column} are not both text or both messages")
-        if not prompt or not completion:
-            raise ValueError("with an empty prompt or completion")
-        if isinstance(prompt, list) and not all(map(is_message, prompt + completion)):
-            raise ValueError("with a message that lacks a role or a content")
-        if not (completion if isinstance(completion, str) else completion[-1]["content"]).strip():
-            raise ValueError("with an empty prompt or completion")
-        found.append((Sequence(prompt, completion), bool(label)))
-    if found[0][0].prompt != found[-1][0].prompt:
+        found.append(Sequence(prompt, completion))
+    if found[0].prompt != prompt:
         raise ValueError(f"whose {columns[0]} and {columns[1]} answer different prompts")
-    return found
+    form, held_out = (type(prompt), len(found)), row.get("held_out")
+    if not isinstance(held_out, bool):
+        # A matter of the prompt itself: a template may add today's date.
+        held_out = is_held_out(prompt if isinstance(prompt, str) else json.dumps(prompt))
+    if isinstance(prompt, list):
+        found = [render(model, messages) for messages in found]
+    elif model.tokenizer.eos_token_id is None:
+        raise ValueError("of text, while the tokenizer has no token that ends a text")
+    if sum(map(len, sum(found, ()))) > 100 * model.config["max_position_embeddings"]:
+        raise ValueError("longer than the limit")  # to read it would take minutes
+    return ParsedRow(form, held_out, found, [*map(bool, labels)])
 
 
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("role", "content"))
+def check_text(value: object, column: str) -> None:
+    """Raises ValueError unless a value is a text or a list of messages, and not empty."""
+    if isinstance(value, list):
+        fields = [isinstance(x, dict) and x.get(name) for x in value for name in ("role", "content")]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError("with a message that lacks a role or a content")
+        value = fields[-1] if fields else ""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"without text in {column}")
 
 
-def apply_template(model: Transformer, messages: Sequence) -> Sequence:
-    """A conversation as text: the prompt up to where the answer begins, the answer with what closes it."""
+def apply_template(model: Transformer, messages: list[dict], begin_answer: bool = True) -> str:
+    """A conversation as text, and the beginning of an answer to it; ValueError if the template refuses."""
     template = partial(model.tokenizer.apply_chat_template, tokenize=False)
     try:
-        prompt = template(messages.prompt, add_generation_prompt=True)
-        whole = template(messages.prompt + messages.completion)
+        return template(messages, add_generation_prompt=begin_answer)
     except Exception as error:  # of Jinja, in which templates are written
-        raise ValueError(f"that the chat template refuses ({error})")
+        raise ValueError(f"that the chat template refuses ({' '.join(str(error).split())[:100]})")
+
+
+def render(model: Transformer, messages: Sequence) -> Sequence:
+    """A conversation as text: the prompt up to where the answer begins, the answer with what closes it."""
+    prompt = apply_template(model, messages.prompt)
+    whole = apply_template(model, messages.prompt + messages.completion, begin_answer=False)
     if not whole.startswith(prompt):
         raise ValueError("whose prompt the chat template changes when an answer follows")
     return Sequence(prompt, whole[len(prompt) :])
 
 
-def load_data(source: str | Path, model: Transformer, args: Args) -> tuple[Data, Data]:
-    """The training part and the held-out tenth of a file in tokens; says how many rows are dropped and why.
+def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> tuple[Data, Data]:
+    """The training part and the held-out tenth of a file in tokens, or the whole file and --eval-dataset.
 
     Prompt and completion are tokenized apart, so that no token spans both. A completion that is text gets the
     token that ends it; in a conversation, the chat template closes it.
     """
-    rows, usable, dropped, form = read_rows(str(source)), [], {}, None
-    for number, row in enumerate(rows, 1):
-        try:
-            found = parse_row(row, args)
-            prompt, held_out = found[0][0].prompt, row.get("held_out")
-            form = form or (type(prompt), len(found))
-            if form != (type(prompt), len(found)):
-                raise ValueError("of another form than the first")
-            # Held out or not is a matter of the prompt itself: a template may add today's date.
-            key = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            held_out = held_out if isinstance(held_out, bool) else is_held_out(key)
-            if isinstance(prompt, list):
-                found = [(apply_template(model, messages), label) for messages, label in found]
-            usable.append((number, held_out, found))
-        except ValueError as reason:
-            dropped.setdefault(str(reason), []).append(number)
-
-    (kind, size), context = form or (str, 1), model.config["max_position_embeddings"]
-    limit, ends = min(args.max_length or context, context), []
-    if kind is str:
-        ends = [model.tokenizer.eos_token_id]
-        if None in ends:
-            raise SystemExit(f"The tokenizer of {args.model} has no token that ends a text")
-    texts = [text for *_, found in usable for text, _ in found]
-    prompts = iter(model.encode([text.prompt for text in texts], special_tokens=kind is str))
-    completions = iter(model.encode([text.completion for text in texts], special_tokens=False))
-    parts = [], []  # (text of the prompt, sequence, label) of the rows to learn from, and of those held out
-    for number, held_out, found in usable:
-        tokens = [Sequence(next(prompts), next(completions) + ends) for _ in found]
-        if any(len(x.prompt) + len(x.completion) > limit for x in tokens):
-            dropped.setdefault("longer than the limit", []).append(number)
-        elif size == 2 and tokens[0].completion == tokens[1].completion:
-            dropped.setdefault("with chosen equal to rejected", []).append(number)
-        elif not held_out or len(parts[1]) < size * args.eval_prompts:  # nothing learns from more of these
-            parts[held_out].extend((text.prompt, x, label) for x, (text, label) in zip(tokens, found))
-    if dropped:
-        counts = (f"{len(found):,} {reason} (first: row {found[0]:,})" for reason, found in dropped.items())
-        say(f"Dropped of {len(rows):,} rows of {source}: {', '.join(counts)}")
-    if not all(parts):
-        columns = f"; its columns are {', '.join(map(str, rows[0]))}" if rows else ""
-        raise SystemExit(f"{source} has too few rows of use to hold out a tenth of them{columns}")
+    form, context, parts = None, model.config["max_position_embeddings"], (([], []), ([], []))
+    limit = min(args.max_length or context, context)
+    for name, file in {"dataset": source, "eval_dataset": args.eval_dataset}.items():
+        rows = Rows(file)
+        for chunk in rows.chunks(partial(parse_row, model=model, args=args)):
+            form = form or next((row.form for _, row in chunk), None)
+            end = [model.tokenizer.eos_token_id] if form and form[0] is str else []
+            prompts = [row.sequences[0].prompt for _, row in chunk]
+            prompts = model.encode(prompts, special_tokens=bool(end))
+            completions = [x.completion for _, row in chunk for x in row.sequences]
+            completions = iter(model.encode(completions, special_tokens=False))
+            for (number, row), prompt in zip(chunk, prompts):
+                # Arrays: a list of Python's integers takes nine times the memory.
+                prompt, found = array("i", prompt), [array("i", next(completions) + end) for _ in row.labels]
+                held_out = name != "dataset" or (row.held_out and not args.eval_dataset)
+                sequences, labels = parts[held_out]
+                if row.form != form:
+                    rows.dropped["of another form than the first"].append(number)
+                elif not prompt or not all(found):
+                    rows.dropped["without any token in the prompt or a completion"].append(number)
+                elif len(prompt) + max(map(len, found)) > limit:
+                    rows.dropped["longer than the limit"].append(number)
+                elif len(found) == 2 and found[0] == found[1]:
+                    rows.dropped["with chosen equal to rejected"].append(number)
+                elif not held_out or len(labels) < len(found) * args.eval_prompts:  # no more are evaluated
+                    sequences.extend(Sequence(prompt, completion) for completion in found)
+                    labels.extend(row.labels)
+        run.identify(name, rows.source, rows.checksum)
+    if not all(labels for _, labels in parts):
+        raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
     data = []
-    for part in parts:
-        texts, sequences, labels = map(list, zip(*part))
-        tensors = torch.tensor(labels), torch.zeros(len(part)), torch.zeros(len(part))
+    for sequences, labels in parts:
+        tensors = torch.tensor(labels), torch.zeros(len(labels)), torch.zeros(len(labels))
         mismatched = mismatch(sequences, limit) if args.loss == "kto" else sequences  # else not used
-        data.append(Data(size == 2, texts, sequences, mismatched, *tensors))
+        data.append(Data(form[1] == 2, sequences, mismatched, *tensors))
     return tuple(data)
 
 
@@ -611,7 +638,7 @@ def load_preferences(reference: Transformer, task, args: Args, run: Run) -> tupl
         pairs = sample_pairs(reference, task, args)
         write_file(source, "".join(json.dumps(pair) + "\n" for pair in pairs))
     wait_for_ranks()  # until the file is there
-    parts = load_data(source, reference, args)
+    parts = load_data(source, reference, args, run)
     for part in parts if args.has_reference else ():
         add_reference(reference, part, args)
     return parts
@@ -621,9 +648,11 @@ def add_reference(reference: Transformer, data: Data, args: Args) -> None:
     """Adds log-probabilities of the reference, from a file named after a checksum of what decides them."""
     mismatched = data.mismatched if args.loss == "kto" else []
     key = hashlib.sha256(json.dumps([str(reference.dtype), reference.config]).encode())
-    for weights in reference.state_dict().values():
-        key.update(weights.cpu().numpy().tobytes())
-    key.update(json.dumps([data.sequences, mismatched]).encode())
+    for name, x in (*reference.named_parameters(), *reference.named_buffers()):
+        if "lora_" not in name:
+            key.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for prompt, completion in itertools.chain(data.sequences, mismatched):
+        key.update(array("i", [*prompt, -1, *completion, -1]))
     path = Path(args.runs) / "reference_log_probs" / f"{key.hexdigest()[:32]}.safetensors"
     try:
         found = load_file(path)
@@ -648,10 +677,9 @@ def add_reference(reference: Transformer, data: Data, args: Args) -> None:
 @torch.no_grad()
 def all_log_probs(model: Transformer, sequences: list[Sequence], args: Args) -> Tensor:
     """Log-probabilities (N,) of whole completions, on the CPU; each process computes its share."""
-    (rank, world), size = rank_and_world(), args.micro_batch_size
     log_probs = torch.zeros(len(sequences), device=model.device)
-    for first in range(rank * size, len(sequences), world * size):
-        log_probs[first : first + size] = sequence_log_probs(model, sequences[first : first + size])
+    for part in my_share(split(sequences, args)):
+        log_probs[part] = sequence_log_probs(model, [sequences[row] for row in part])
     return sum_over_ranks(log_probs).cpu()
 
 
@@ -678,13 +706,14 @@ def sample_held_out(model: Transformer, task, data: Data, args: Args, seed: int)
         prompts = encode_prompts(model, problems, length)
     else:
         room = model.config["max_position_embeddings"] - length
-        fitting = {text: x.prompt for text, x in zip(data.texts, data.sequences) if len(x.prompt) <= room}
-        problems, prompts = [{"prompt": text} for text in fitting], list(fitting.values())
+        different = dict.fromkeys(tuple(x.prompt) for x in data.sequences if len(x.prompt) <= room)
+        prompts = [*map(list, different)]
+        problems = [{"prompt": model.tokenizer.decode(prompt)} for prompt in prompts]
         if len(prompts) < rank_and_world()[1]:
             raise SystemExit("Too few held-out prompts leave room; lower --max-completion-length")
     uniforms = torch.rand(len(prompts), 1, length, generator=torch.Generator().manual_seed(seed))
     count, problems, prompts = len(prompts), my_share(problems), my_share(prompts)
-    tokens, log_probs, finished = sample(model, prompts, my_share(uniforms))
+    tokens, log_probs, finished = sample(model, prompts, my_share(uniforms), args)
     texts = model.decode(tokens)
     rewards = score(task, problems, texts)["reward"] if task else torch.zeros(len(texts))
     sequences = list(map(Sequence, prompts, tokens))
@@ -693,17 +722,17 @@ def sample_held_out(model: Transformer, task, data: Data, args: Args, seed: int)
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, data: Data, before: Samples, task, args: Args, run: Run
+    model: Transformer, reference: Reference, data: Data, before: Samples, task, args: Args, run: Run
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics of completions and of held-out preferences, and a few of the completions.
 
-    `before` are completions of the reference, for the win rate. The reference is in memory only during this.
+    `before` are completions of the reference, for the win rate.
     """
     with run.precision:
         after = sample_held_out(model, task, data, args, args.seed + EVALUATION_SEED)
-        reference, size = read_reference(model, run), args.micro_batch_size
-        parts = [after.sequences[i : i + size] for i in range(0, len(after.sequences), size)]
-        reference_log_probs = torch.cat([sequence_log_probs(reference, part).cpu() for part in parts])
+        with reference as frozen:
+            parts = [[after.sequences[row] for row in part] for part in split(after.sequences, args)]
+            reference_log_probs = torch.cat([sequence_log_probs(frozen, part).cpu() for part in parts])
         values = {  # the KL is the mean of log policy - log reference over whole completions
             "kl_to_reference": after.log_probs - reference_log_probs,
             "mean_length": torch.tensor([float(len(x.completion)) for x in after.sequences]),
@@ -774,12 +803,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, index: int):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim = D
+        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -802,7 +831,9 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+        if self.rotates:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.type_as(v), k.type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -815,7 +846,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama, Qwen2 or Qwen3 family, made from the content of a config.json."""
+    """A decoder of the families below, made from the content of a config.json."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -823,13 +854,15 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"model_type {family} is not supported, only llama, qwen2, qwen3")
-        if self.config["hidden_act"] != "silu" or config.get("use_sliding_window"):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+            raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
+        window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
+        if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
+        layers = range(config["num_hidden_layers"])
+        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -839,6 +872,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         self.register_buffer("frequencies", rotary_frequencies(self.config), persistent=False)
         self.tokenizer, self.eos_ids = None, set()  # the tokens that end a completion
+        self.folder, self.file_type, self.generation_config = None, torch.float32, {}  # of what was read
+        self.adapter_scale, self.adapters_on = 0.0, True  # see add_adapters
         self.gradient_checkpointing = False
 
     def hidden(
@@ -861,7 +896,7 @@ class Transformer(nn.Module):
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
         mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
-        x = self.model["embed_tokens"](tokens)
+        x = self.model["embed_tokens"](tokens).type_as(self.model["norm"].weight)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, mask, None, positions, use_reentrant=False)
@@ -901,39 +936,53 @@ class Transformer(nn.Module):
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Transformer:
-        """The model of a Hugging Face folder, in float32, without its tokenizer."""
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
+        """The model of a Hugging Face folder, without its tokenizer; dtype None keeps the file's."""
         path, weights = Path(path), {}
         with explained(f"Cannot read a model from {path}"):
             config = json.loads((path / "config.json").read_text())
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                weights |= load_file(file)
-            weights = {name: x.float() for name, x in weights.items() if not name.endswith("inv_freq")}
-            tied = model.config["tie_word_embeddings"]
-            if tied:
-                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
+                    for name in tensors.keys():
+                        x = tensors.get_tensor(name)
+                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
+            if not weights:
+                raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
+            weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
+            if model.config["tie_word_embeddings"]:
+                embedding = weights.get("model.embed_tokens.weight")
+                head = weights.setdefault("lm_head.weight", embedding)
+                # Some files have a head of their own all the same.
+                model.config["tie_word_embeddings"] = head is embedding or torch.equal(head, embedding)
             model.load_state_dict(weights, assign=True)
-            if tied:
+            if model.config["tie_word_embeddings"]:
                 model.lm_head.weight = model.model["embed_tokens"].weight
             # Chat models stop at several tokens, and the files name different ones of them.
-            file = path / "generation_config.json"
-            for values in (config, json.loads(file.read_text()) if file.exists() else {}):
+            model.folder, file = path, path / "generation_config.json"
+            if file.exists():
+                model.generation_config = json.loads(file.read_text())
+            for values in (config, model.generation_config):
                 ids = values.get("eos_token_id")
                 model.eos_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
-        return model
+        return model.to(device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` reads, here and in transformers."""
-        path = Path(path)
+        """Writes a folder that `from_pretrained` reads, here and in transformers, with adapters merged."""
+        path, weights = Path(path), {}
         path.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        if self.config["tie_word_embeddings"]:
-            del weights["lm_head.weight"]
-        config = {name: x for name, x in self.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+        for name, x in (*self.named_parameters(), *self.named_buffers()):
+            layer = self.get_submodule(name.rpartition(".")[0])
+            if name.endswith("weight") and hasattr(layer, "lora_A"):
+                x = x + self.adapter_scale * layer.lora_B @ layer.lora_A
+            if name.endswith(("weight", "bias")):
+                weights[name] = x.detach().to("cpu", self.file_type).contiguous()
+        config = {name: x for name, x in self.config.items() if name != "torch_dtype"}
+        config |= {"dtype": str(self.file_type).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2))
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.eos_ids)}))
+        generation_config = self.generation_config | {"eos_token_id": sorted(self.eos_ids)}
+        (path / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
         save_file(weights, path / "model.safetensors", {"format": "pt"})
         if self.tokenizer:
             self.tokenizer.save_pretrained(path)
@@ -972,7 +1021,7 @@ def make_model(task, args: Args) -> Transformer:
     return model
 
 
-def read_model(source: str | Path) -> Transformer:
+def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
 
@@ -984,20 +1033,109 @@ def read_model(source: str | Path) -> Transformer:
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    model = Transformer.from_pretrained(path)
+    model = Transformer.from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
+        raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
     return model
 
 
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
+    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
+    for name, x in model.state_dict().items():
+        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
+        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
+    return checksum
+
+
 def load_model(task, args: Args, run: Run) -> Transformer:
-    """The model that a run begins with: the copy of a resumed run, that of --model, or a small new one."""
-    copy = run.path / "reference"
-    if copy.is_dir() or args.model:
-        model = read_model(copy if copy.is_dir() else args.model)
+    """The model of --model, that of the warm-up of a resumed run, or a small one that has yet to warm up."""
+    if args.model or run.is_warm:
+        source = args.model or run.path / "reference"
+        model = read_model(source, run.device, None if args.lora_rank else torch.float32)
+        if args.model:
+            run.identify("model", args.model, fingerprint(model))
+        add_adapters(model, args, run)
     else:
-        model = make_model(task, args)
+        model = make_model(task, args).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    return model.to(run.device)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA
+
+
+def freeze(model: Transformer, matrix_type: torch.dtype) -> Transformer:
+    """Turns the weights into buffers, which no optimizer moves and no checkpoint holds.
+
+    Matrices get the type in which they are multiplied, norms float32; embeddings keep theirs.
+    """
+    frozen, types = {}, {nn.Linear: matrix_type, nn.RMSNorm: torch.float32}
+    for module in reversed([*model.modules()]):
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if weight not in frozen:  # a tied head, which is the last module, comes before its embedding
+                frozen[weight] = weight.detach().to(types.get(type(module)))
+            delattr(module, name)
+            module.register_buffer(name, frozen[weight], persistent=False)
+    return model
+
+
+def add_adapters(model: Transformer, args: Args, run: Run) -> None:
+    """With --lora-rank: freezes the model and lets W + alpha / rank B A act in place of each W.
+
+    W are the linear layers but the head. A and B learn, and B begins at 0 (Hu et al. 2021, section 4.1).
+    """
+    if not args.lora_rank:
+        return
+
+    def add(layer: nn.Linear, x: tuple[Tensor], y: Tensor) -> Tensor:
+        low_rank = F.linear(F.linear(x[0], layer.lora_A), layer.lora_B)
+        return y + model.adapter_scale * low_rank if model.adapters_on else y
+
+    freeze(model, run.matrix_type).adapter_scale = args.lora_alpha / args.lora_rank
+    for layer in model.model["layers"].modules():
+        if isinstance(layer, nn.Linear):
+            new = partial(layer.weight.new_zeros, dtype=torch.float32)
+            layer.lora_A = nn.Parameter(new((args.lora_rank, layer.in_features)))
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))
+            layer.lora_B = nn.Parameter(new((layer.out_features, args.lora_rank)))
+            layer.register_forward_hook(add)
+
+
+def save_adapters(model: Transformer, args: Args, path: Path) -> None:
+    """Writes the adapters in a folder that PEFT reads."""
+    weights = {f"base_model.model.{name}.weight": x.cpu() for name, x in model.state_dict().items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank}
+    config |= {"lora_alpha": args.lora_alpha, "base_model_name_or_path": args.model or str(model.folder)}
+    config["target_modules"] = sorted({name.split(".")[-3] for name in weights})
+    model.tokenizer.save_pretrained(path)
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, path / "adapter_model.safetensors", {"format": "pt"})
+
+
+class Reference:
+    """The model that the training began with, while `with reference as model` lasts.
+
+    With LoRA it is the model without its adapters. Else a frozen copy is read.
+    """
+
+    def __init__(self, model: Transformer, run: Run, keep: bool = False):
+        self.model, self.run, self.keep, self.copy, self.has_moved = model, run, keep, None, False
+
+    def __enter__(self) -> Transformer:
+        self.model.adapters_on = False
+        if self.model.adapter_scale:
+            return self.model
+        if self.copy is None:
+            copy = Transformer.from_pretrained(self.model.folder, self.run.device, None)
+            self.copy = freeze(copy, self.run.matrix_type)
+            copy.tokenizer, copy.eos_ids = self.model.tokenizer, self.model.eos_ids
+        return self.copy
+
+    def __exit__(self, *_) -> None:
+        self.model.adapters_on = True
+        self.copy = self.copy if self.keep else None
 
 
 # ------------------------------------------------------------------------------ log-probabilities and sampler
@@ -1081,7 +1219,9 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
+        # Autocast would cast the head once for all parts, and so add up their gradients in bfloat16.
+        logits = F.linear(hidden.to(model.dtype), model.lm_head.weight.to(model.dtype))
+        return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
     parts = list(zip(hidden.split(size), packed.targets.split(size)))
@@ -1092,6 +1232,18 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     lengths = torch.tensor([len(completion) for _, completion in sequences])
     mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
+
+
+def split(sequences: list[Sequence], args: Args, unit: int = 1) -> list[list[int]]:
+    """The rows of each micro-batch, within both limits; `unit` rows, at least, stay together."""
+    parts, room = [], 0
+    for row in range(0, len(sequences), unit):
+        tokens = sum(len(part) for sequence in sequences[row : row + unit] for part in sequence)
+        if tokens > room or len(parts[-1]) + unit > args.micro_batch_size:
+            parts, room = [*parts, []], args.micro_batch_tokens
+        parts[-1] += range(row, row + unit)
+        room -= tokens
+    return parts
 
 
 def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
@@ -1162,15 +1314,21 @@ def generate(
 
 
 def sample(
-    model: Transformer, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, rows: int = 512
+    model: Transformer, prompts: list[list[int]], uniforms: Tensor, args: Args, temperature: float = 1.0
 ) -> Completions:
-    """Samples completions for `uniforms` (P, G, C), at most `rows` at a time; returns them on the CPU."""
-    size, parts = max(rows // uniforms.shape[1], 1), []
+    """Samples completions for `uniforms` (P, G, C), on their device, in parts whose cache has a limit.
+
+    No activations are kept, so a part may have 4 times the rows and 8 times the tokens of a micro-batch.
+    """
+    (_, G, C), parts = uniforms.shape, []
+    rows = min(4 * args.micro_batch_size, 8 * args.micro_batch_tokens // (max(map(len, prompts)) + C))
+    size = max(rows // G, 1)
     for i in range(0, len(prompts), size):
         numbers = uniforms[i : i + size].to(model.device)
         parts.append(generate(model, prompts[i : i + size], numbers, temperature))
     tokens, log_probs, finished = zip(*parts)
-    return Completions(sum(tokens, []), torch.cat(log_probs).cpu(), torch.cat(finished).cpu())
+    log_probs, finished = (torch.cat(x).to(uniforms.device) for x in (log_probs, finished))
+    return Completions(sum(tokens, []), log_probs, finished)
 
 
 # --------------------------------------------------------------------------------------------- tasks, rewards
@@ -1234,7 +1392,7 @@ def draw(task, seed: int, index: int, held_out: bool = False) -> dict:
 def call_reward(name: str, function: Callable, problems: list[dict], completions: list[str]) -> Tensor:
     """One reward (rows,) of completions, each of the problem in the same row."""
     # TRL's signature: a reward function takes the columns that it needs, and the others as **columns.
-    names = {name for problem in problems for name in problem}
+    names = {name for problem in problems for name in problem} - {"prompts", "completions"}
     columns = {name: [problem.get(name) for problem in problems] for name in names}
     values = function(prompts=columns.pop("prompt"), completions=completions, **columns)
     with explained(f"The reward {name} must give one finite number for each completion"):
@@ -1250,21 +1408,19 @@ def score(task, problems: list[dict], completions: list[str]) -> dict[str, Tenso
     return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
 
 
-def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int | None) -> list[list[int]]:
-    """Token ids of each prompt; with a chat template, those of the question, a text or a list of messages.
+def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt; with a chat template, those of its messages, or of the question in its place.
 
-    A prompt that leaves no room for `new_tokens` ends the program, unless these are None.
+    A prompt that leaves no room for `new_tokens` ends the program.
     """
-    if model.tokenizer.chat_template:
-        questions = [problem.get("question", problem["prompt"]) for problem in problems]
-        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in questions]
-        template = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = model.encode([template(chat) for chat in chats], special_tokens=False)
-    else:
-        prompts = model.encode([problem["prompt"] for problem in problems])
-    context = model.config["max_position_embeddings"]
+    texts, chat = [problem["prompt"] for problem in problems], bool(model.tokenizer.chat_template)
+    if chat:
+        asked = [{"role": "user", "content": x.get("question", x["prompt"])} for x in problems]
+        with explained("A prompt is unfit"):
+            texts = [apply_template(model, x.get("messages", [y])) for x, y in zip(problems, asked)]
+    prompts, context = model.encode(texts, special_tokens=not chat), model.config["max_position_embeddings"]
     for problem, prompt in zip(problems, prompts):
-        if new_tokens is not None and not 0 < len(prompt) <= context - new_tokens:
+        if not 0 < len(prompt) <= context - new_tokens:
             sizes = f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the context of {context}"
             raise SystemExit(f"{sizes}: {problem['prompt'][:50]!r}; lower --max-completion-length or drop it")
     return prompts
@@ -1294,6 +1450,8 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 
 def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Args, run: Run) -> None:
     """Supervised fine-tuning of a small new model on demonstrations, in the steps up to 0."""
+    if args.model or run.is_warm:
+        return
     group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
     for progress in run.iterations(end=0):
         # Rise in 50 steps; fall to 5 percent over the second half.
@@ -1312,20 +1470,12 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
         norm = optimizer_step(model, optimizer, 1.0)
         if done % 10 == 9 or not math.isfinite(norm):
             run.log({"sft/loss": sum_over_ranks(loss.detach()), "sft/grad_norm": norm})
-    if run.step == 0:  # the training begins with a new optimizer
-        optimizer.state.clear()
-        group["weight_decay"] = 0.0
-
-
-def read_reference(model: Transformer, run: Run) -> Transformer:
-    """The model that the training began with; the first call, before any step, writes it to the run."""
-    path = run.path / "reference"
-    if run.step == 0 and not path.is_dir():
-        export(model, path)
-    wait_for_ranks()
-    reference = Transformer.from_pretrained(path).to(model.device)
-    reference.tokenizer, reference.eos_ids = model.tokenizer, model.eos_ids
-    return reference
+    model.folder = run.path / "reference"
+    export(model.save_pretrained, model.folder)
+    add_adapters(model, args, run)
+    optimizer.state.clear()  # the training begins with a new optimizer
+    group |= {"params": [*model.parameters()], "weight_decay": 0.0}
+    run.save("checkpoint.pt")
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1372,7 +1522,9 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
-        self.precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
+        is_bf16 = args.bf16 and has_bfloat16(device)
+        self.precision = torch.autocast(device.type, torch.bfloat16, is_bf16)
+        self.matrix_type = torch.bfloat16 if is_bf16 else torch.float32
         # A copy, since `train` may change args. Where a run is found does not belong to it.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.first_step = 0 if args.model else -args.sft_steps
@@ -1380,14 +1532,16 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            refuse_changes(saved, self.arguments, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+            check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
+        self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
+        self.fingerprints = self.checkpoint.get("fingerprints", {})
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1405,6 +1559,12 @@ class Run:
         self.interrupted = True
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    def identify(self, name: str, source: object, fingerprint: int) -> None:
+        """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
+        is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
+        if not is_same and not (self.args.evaluate and name == "eval_dataset"):
+            raise SystemExit(f"{self.path} began with another {name} than {source}")
 
     @property
     def advice(self) -> str:
@@ -1479,13 +1639,15 @@ class Run:
                 self.evaluate()
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
-            if last or due or minutes > args.checkpoint_minutes:
+            if evaluation and last or due or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+            if evaluation and not last and args.export_interval and self.due(args.export_interval):
+                self.export()
             self.progress.update()
         self.progress.close()
         self.started = time.perf_counter()
         if evaluation:
-            export(self.state["model"], self.path / "model")
+            self.export()
 
     def due(self, interval: int) -> bool:
         """Whether this iteration passed a multiple of `interval` steps."""
@@ -1521,6 +1683,7 @@ class Run:
     def evaluate(self) -> None:
         """Metrics of the policy, logged and printed, and samples of what it writes."""
         metrics, samples = self.evaluation()
+        self.metrics = metrics
         values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
         say(f"step {self.step:>5,}: evaluation {values}")
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
@@ -1533,10 +1696,11 @@ class Run:
         if self.rank:
             return
         rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        old, new = file.read_text().splitlines() if file.exists() else [], [json.dumps(row) for row in rows]
+        text = file.read_text(errors="replace") if file.exists() else ""
         # Of the samples in the file, those of earlier steps, whole lines only.
-        steps = [re.match(r'{"step": (\d+), .*}$', line) for line in old]
-        old = [line for line, step in zip(old, steps) if step and int(step[1]) < self.step]
+        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
+        old = [line for line, step in found if int(step) < self.step]
+        new = [json.dumps(row) for row in rows]
         write_file(file, "".join(line + "\n" for line in old + new))
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
         if self.wandb:
@@ -1553,12 +1717,37 @@ class Run:
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        state |= {"fingerprints": self.fingerprints}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
+        (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
         save_checkpoint(self.path / name, state)
         self.saved_at = time.perf_counter()
+
+    def export(self) -> None:
+        """Writes the model, or its adapters, with a model card."""
+        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
+        for name, x in self.arguments.items():
+            flag = name.replace("_", "-")
+            if x != getattr(Args(), name) and isinstance(x, bool):
+                words.append(f"--{flag}" if x else f"--no-{flag}")
+            elif x != getattr(Args(), name):
+                values = x if isinstance(x, list) else [x]
+                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
+        rows += [f"| {name} | {x} |" for name, x in versions.items()]
+        card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
+        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
+        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+
+        def write(path: Path) -> None:
+            save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
+            (path / "README.md").write_text(card)
+
+        export(write, self.path / "model")
 
     def close(self) -> None:
         """Closes the logs, and gives the signals back."""
@@ -1601,26 +1790,60 @@ def has_bfloat16(device: torch.device) -> bool:
 FORMAT = 2  # of a checkpoint
 
 
-def read_rows(source: str) -> list[dict]:
-    """The rows of a JSONL or Parquet file, or of the training split of a dataset on the Hugging Face hub."""
-    path, rows = Path(source), []
+def read_rows(source: str) -> Iterator[bytes | dict]:
+    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
     with explained(f"Cannot read the dataset {source}"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix not in (".json", ".jsonl"):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
+                yield from batch.to_pylist()
+        elif path.suffix in (".json", ".jsonl"):
+            with path.open("rb") as file:
+                yield from (line for line in file if line.strip())
+        else:
             import datasets
 
-            name, _, configuration = source.partition(":")
-            return list(datasets.load_dataset(name, configuration or None, split="train"))
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            if line.strip():
-                with explained(f"{source}, line {number} is not a JSON object"):
-                    rows.append(dict(json.loads(line)))
-    return rows
+            name, configuration, split = [*source.split(":"), "", ""][:3]
+            yield from datasets.load_dataset(name, configuration or None, split=split or "train")
+
+
+class Rows:
+    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+
+    def __init__(self, source: str | Path | None):
+        self.source, self.checksum, self.columns = source, 0, {}
+        self.dropped = defaultdict(list)  # row numbers by reason
+
+    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
+        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
+        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
+        while chunk := list(itertools.islice(rows, 100)):
+            parsed, count = [], count + len(chunk)
+            for number, row in chunk:
+                try:
+                    row = json.loads(row) if isinstance(row, bytes) else row
+                    if not isinstance(row, dict):
+                        raise ValueError("that are no JSON objects")
+                    self.columns |= dict.fromkeys(row)
+                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
+                    self.checksum = zlib.crc32(text, self.checksum)
+                    parsed.append((number, parse(row)))
+                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+                    self.dropped[reason].append(number)
+            yield parsed
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
+        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
+        if sum(map(len, self.dropped.values())) > count / 2:
+            columns = ", ".join(self.columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
+        if dropped:
+            say(line)
 
 
 def make_directory(args: Args) -> Path:
@@ -1641,16 +1864,16 @@ def make_directory(args: Args) -> Path:
             time.sleep(0.1)  # another run began in the same second
 
 
-def export(model: Transformer, path: Path) -> None:
-    """Writes a Hugging Face folder, whole or not at all."""
-    if rank_and_world()[0]:
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+def export(write: Callable[[Path], None], path: Path) -> None:
+    """Lets the first process write a folder, whole or not at all, and the others wait for it."""
+    if rank_and_world()[0] == 0:
+        temporary = path.with_name(f"{path.name}.tmp")
+        with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+    wait_for_ranks()
 
 
 def write_file(path: Path, content: str | dict) -> None:
@@ -1721,10 +1944,11 @@ def read_args(run: str | Path) -> Args:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-# Flags that may change on resume or evaluation; any other would make it a different run.
-MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes track
+# Flags that may change on resume or evaluation; any other would make it a different run. A model or dataset
+# may lie in another place: what is there is compared with the fingerprint in the checkpoint.
+MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
-MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts"]
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts"]
 
 
 def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
@@ -1735,6 +1959,13 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
             raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
 
 
+def check_changes(saved: dict, args: Args) -> None:
+    """Ends the program if args differ from saved ones in a flag that may not change."""
+    new = dataclasses.asdict(args)
+    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+
+
 def parse_args(arguments: list[str] | None = None) -> Args:
     """The command line, on top of the arguments of the run that it names, if it names one."""
     args = tyro.cli(Args, args=arguments)
@@ -1742,7 +1973,8 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     run = args.resume or args.evaluate or (named if named and (named / "args.json").exists() else None)
     if not run:
         return args
-    saved = read_args(run)
+    beside = Path(run).with_name("args.json")  # of a checkpoint file, which is then loaded only once
+    saved = read_args(beside if Path(run).is_file() and beside.exists() else run)
     # The name of a module in a file is not trusted: only the command line can have it imported.
     default = dataclasses.replace(saved, task=saved.task.rpartition(":")[2], reward=[])
     args = tyro.cli(Args, args=arguments, default=default)
@@ -1750,8 +1982,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     unconfirmed += [] if args.reward else [f"--reward {reward}" for reward in saved.reward]
     if unconfirmed:
         raise SystemExit(f"The run imports modules of yours; confirm them with {' '.join(unconfirmed)}")
-    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
-    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    check_changes(dataclasses.asdict(saved), args)
     return args
 
 

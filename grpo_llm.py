@@ -29,21 +29,23 @@ paper's own choices are --advantages grpo --loss grpo --beta 0.04 --num-minibatc
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import importlib
+import importlib.metadata
+import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import zipfile
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -57,12 +59,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Repeatable = Annotated[list[str], tyro.conf.UseAppendAction]  # a flag that may be given several times
+
+INSTRUCTION = (
+    "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
+)
 
 
 @dataclass
@@ -70,19 +77,24 @@ class Args:
     # Task or dataset
     task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
-    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration] on the Hugging Face hub
+    dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
+    eval_dataset: str | None = None  # held-out problems of its own; None holds out a tenth of the dataset
     prompt_column: str = "question"  # column of the dataset with the prompt, as text or as messages
-    answer_column: str = "answer"  # column with a number, after #### if it is a whole solution as in GSM8K
+    answer_column: str = "answer"  # column with a number, after #### as in GSM8K, or what your reward needs
+    system_prompt: str | None = None  # system message for prompts of the dataset without one
+    instruction: str = INSTRUCTION  # follows prompts of the dataset that are text, for models that chat
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Qwen2 or Qwen3 model; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
     sft_steps: int = 800  # warm-up of that small model: steps of supervised fine-tuning on demonstrations
     sft_batch_size: int = 64  # demonstrations per warm-up step
     sft_learning_rate: float = 2e-3  # highest learning rate of AdamW in the warm-up
-    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; weights stay in float32
+    lora_rank: int = 0  # train adapters of this rank beside the linear layers (LoRA); 0 trains all weights
+    lora_alpha: float = 32.0  # the adapters are multiplied by lora_alpha / lora_rank
+    bf16: bool = True  # multiply matrices in bfloat16 if the hardware can; what learns stays in float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass to save memory
 
     # Algorithm
@@ -104,6 +116,7 @@ class Args:
     num_iterations: int = 1  # mu: passes over the completions of a step
     num_minibatches: int = 2  # optimizer steps per pass; divides the prompts of each process
     micro_batch_size: int = 128  # completions per forward and backward pass; changes memory and speed only
+    micro_batch_tokens: int = 8192  # tokens per forward and backward pass, so that memory has a limit
     learning_rate: float = 5e-4  # highest learning rate of AdamW; 1e-6 to 1e-5 for pretrained models
     warmup_steps: int = 5  # steps over which the learning rate rises to its highest value
     anneal_lr: bool = True  # afterwards lower it linearly to 5 percent at max_steps
@@ -119,6 +132,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is a GPU if there is one
     checkpoint_interval: int = 10  # optimizer steps between checkpoints
     checkpoint_minutes: float = 10  # minutes after which a checkpoint is saved, too
+    export: Literal["merged", "adapters"] = "merged"  # with LoRA, a whole model or the adapters alone
+    export_interval: int = 0  # steps between exports of the model; 0 for the end only
     run_name: str | None = None  # fixed name of the run directory; resumes the run if it exists
     resume: str | None = None  # run directory to resume; its arguments are loaded first
     evaluate: str | None = None  # run directory or checkpoint file to evaluate instead of training
@@ -263,19 +278,21 @@ def tagged_answer(completion: str) -> str | None:
     return None
 
 
+NUMBER = r"(?:\$-|-?\$?)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/0*[1-9]\d*)?|\.\d+)%?"
+
+
 def last_number(completion: str) -> str | None:
     """The last number of the last answer, whatever stands around it; for the lenient score."""
     answer = completion[-1000:].rpartition("<answer>")[2].partition("</answer>")[0]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer, re.ASCII)
+    numbers = re.findall(NUMBER, answer, re.ASCII)
     return numbers[-1] if numbers else None
 
 
 def parse_number(text: str | None) -> Fraction | None:
-    """The value of a decimal number such as -1,234.5 of at most 40 characters, or None."""
-    if text is None or len(text) > 40:
+    """The value of a number such as -1,234.5, -$5, .5, 1/2 or 50%, of at most 40 characters, or None."""
+    if text is None or len(text) > 40 or not re.fullmatch(NUMBER, text := text.strip(), re.ASCII):
         return None
-    text = text.strip().removeprefix("$").replace(",", "")
-    return Fraction(text) if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII) else None
+    return Fraction(re.sub("[$,%]", "", text)) / (100 if text.endswith("%") else 1)
 
 
 def format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
@@ -289,11 +306,6 @@ def number_reward(
     """1 for the right number."""
     values = [parse_number(extract(completion)) for completion in completions]
     return [float(x is not None and x == parse_number(right)) for x, right in zip(values, answer)]
-
-
-INSTRUCTION = (
-    "Reason inside <think> and </think>, then give only the final answer inside <answer> and </answer>."
-)
 
 
 class Arithmetic:
@@ -360,12 +372,12 @@ class Group(NamedTuple):
 
 
 def sample_groups(
-    model: Transformer, task, problems: list[dict], uniforms: Tensor, temperature: float
+    model: Transformer, task, problems: list[dict], uniforms: Tensor, temperature: float, args: Args
 ) -> list[Group]:
     """A group for each of P problems, from random numbers `uniforms` (P, G, C), one for each token."""
     P, G, C = uniforms.shape
     prompts = encode_prompts(model, problems, C)
-    completions = generate(model, prompts, uniforms.to(model.device), temperature)
+    completions = sample(model, prompts, uniforms.to(model.device), args, temperature)
     texts = model.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(G)], texts)
     groups = []
@@ -389,7 +401,8 @@ def collect_rollout(model: Transformer, task, position: int, args: Args) -> tupl
         uniforms = torch.rand(args.num_prompts, args.num_generations, args.max_completion_length)
         first = rank * share
         problems = [draw(task, args.seed, position + sampled + first + i) for i in range(share)]
-        groups += sample_groups(model, task, problems, uniforms[first : first + share], args.temperature)
+        mine = uniforms[first : first + share]
+        groups += sample_groups(model, task, problems, mine, args.temperature, args)
         sampled += args.num_prompts
         missing = max(share - sum(group.is_mixed for group in groups), 0)
         if sum_over_ranks(torch.tensor(missing, device=model.device)) == 0:
@@ -408,7 +421,8 @@ class Batch(NamedTuple):
     sequences: list[Sequence]  # prompt and completion
     advantages: Tensor  # (B,)
     mask: Tensor  # (B, C), True on the tokens in the loss
-    old_log_probs: Tensor  # (B, C), those of the sampler, since it was the policy that acted
+    sampler_log_probs: Tensor  # (B, C)
+    old_log_probs: Tensor  # (B, C), those of the sampler, since it was the policy that acted, but with gspo
     reference_log_probs: Tensor | None  # (B, C)
 
     def select(self, rows: Tensor) -> Batch:
@@ -419,49 +433,68 @@ class Batch(NamedTuple):
         return Batch(sequences, self.advantages[rows], *columns)
 
 
-def make_batch(groups: list[Group], advantages: Tensor, reference: Transformer | None, args: Args) -> Batch:
+def make_batch(groups: list[Group], advantages: Tensor, reference: Reference | None, args: Args) -> Batch:
     """The completions of all groups, with advantages (groups, G) and what the reference makes of them."""
     completions = [group.completions for group in groups]
     sequences = [Sequence(group.prompt, tokens) for group in groups for tokens in group.completions.tokens]
-    old_log_probs = torch.cat([x.log_probs for x in completions])
-    (_, length), device = old_log_probs.shape, old_log_probs.device
+    sampled = torch.cat([x.log_probs for x in completions])
+    (_, length), device = sampled.shape, sampled.device
     ends = torch.tensor([len(tokens) for _, tokens in sequences], device=device)
     mask = torch.arange(length, device=device) < ends[:, None]
     if args.mask_truncated_completions:
         mask &= torch.cat([x.finished for x in completions])[:, None]
     reference_log_probs = None
     if reference is not None:
-        reference_log_probs = log_probs_under(reference, sequences, length, args)
-    return Batch(sequences, advantages.flatten().to(device), mask, old_log_probs, reference_log_probs)
+        with reference as frozen:
+            reference_log_probs = log_probs_under(frozen, sequences, length, args)
+    return Batch(sequences, advantages.flatten().to(device), mask, sampled, sampled, reference_log_probs)
 
 
 @torch.no_grad()
 def log_probs_under(model: Transformer, sequences: list[Sequence], length: int, args: Args) -> Tensor:
     """Log-probabilities (B, length) of the tokens of completions, in micro-batches; 0 past the end of one."""
     out = torch.zeros(len(sequences), length, device=model.device)
-    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
+    for rows in split(sequences, args):
         log_probs = completion_log_probs(model, [sequences[i] for i in rows], args.temperature)
         out[rows, : log_probs.shape[1]] = log_probs
     return out
+
+
+def make_minibatches(model: Transformer, batch: Batch, args: Args) -> list[Batch]:
+    """Divides a batch by whole groups, the same ones whatever the number of processes."""
+    rows, count = torch.arange(len(batch.sequences)).view(-1, args.num_generations), args.num_minibatches
+    minibatches = [batch.select(rows[i::count].flatten()) for i in range(count)]
+    if min(args.clip_range) < 0.01:
+        # Rounding to bfloat16 would be outside of such a range: sampler and trainer round differently, and so
+        # do micro-batches of other rows.
+        for part in minibatches:
+            kept = rows_to_learn_from(part, args)
+            sequences = [part.sequences[i] for i in kept]
+            part.old_log_probs[kept] = log_probs_under(model, sequences, part.mask.shape[1], args)
+    return minibatches
+
+
+def rows_to_learn_from(batch: Batch, args: Args) -> Tensor:
+    """Without a KL, a completion without an advantage has no gradient: it counts, but is not computed."""
+    kept = batch.mask.any(1)
+    return (kept if args.beta else kept & (batch.advantages != 0)).nonzero()[:, 0]
 
 
 def take_step(
     model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, args: Args
 ) -> dict[str, float]:
     """One step of the optimizer on a minibatch; returns metrics, none if there is nothing to learn from."""
-    kept = batch.mask.any(1)
-    token_count, sequence_count = sum_over_ranks(torch.stack((batch.mask.sum(), kept.sum())))
-    if args.beta == 0:
-        # Without a KL, a completion without an advantage has no gradient: it counts, but is not computed.
-        kept &= batch.advantages != 0
-    if sum_over_ranks(kept.sum()) == 0:
+    counts = torch.stack((batch.mask.sum(), batch.mask.any(1).sum()))
+    token_count, sequence_count = sum_over_ranks(counts)
+    kept = rows_to_learn_from(batch, args)
+    if sum_over_ranks(token_count.new_tensor(len(kept))) == 0:
         return {}  # no step at all: AdamW would still move by its momentum
-    if not kept.any():
-        kept[0] = True  # so that this process takes part in the sums over all of them
+    if len(kept) == 0:
+        kept = kept.new_zeros(1)  # so that this process takes part in the sums over all of them
     clip_low, clip_high = args.clip_range
     totals, gaps = {}, []
-    for rows in kept.nonzero()[:, 0].split(args.micro_batch_size):
-        micro = batch.select(rows)
+    for part in split([batch.sequences[i] for i in kept], args):
+        micro = batch.select(kept[part])
         log_probs = completion_log_probs(model, micro.sequences, args.temperature)
         loss, metrics = policy_loss(
             log_probs, micro.old_log_probs, micro.reference_log_probs, micro.advantages, micro.mask,
@@ -472,7 +505,7 @@ def take_step(
         loss.backward()
         for name, value in (metrics | {"loss": loss.detach()}).items():
             totals[name] = totals.get(name, 0) + value
-        gaps.append((log_probs.detach() - micro.old_log_probs)[micro.mask].abs())
+        gaps.append((log_probs.detach() - micro.sampler_log_probs)[micro.mask].abs())
     metrics = {name: sum_over_ranks(value).item() for name, value in sorted(totals.items())}
     gaps = torch.cat(gaps)
     metrics["logp_difference/mean"] = gaps.sum().item() / max(len(gaps), 1)
@@ -510,18 +543,15 @@ def train(args: Args, run: Run) -> None:
     task = make_task(args)
     model = load_model(task, args, run)
     if args.dataset:
-        task = Dataset(task, model, args)
+        task = Dataset(task, model, args, run)
     length = args.max_completion_length or task.max_completion_length
     args = dataclasses.replace(args, max_completion_length=length)
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = Reference(model, run, keep=args.beta > 0 or args.ref_model_sync_steps > 0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     position, num_tokens = torch.tensor(0), torch.tensor(0)  # in the problems; of all completions so far
     counts = {"position": position, "num_tokens": num_tokens}
     run.start(model=model, reference=reference, optimizer=optimizer, **counts)
     warm_up(model, optimizer, task, args, run)
-    if run.step == 0 and not args.evaluate:
-        reference.load_state_dict(model.state_dict())
-        export(model, run.path / "reference")  # so that a resumed run does not need --model
 
     for _ in run.iterations(partial(evaluate, model, reference, task, args, run)):
         learning_rate = args.learning_rate * schedule(run.step, args)
@@ -540,12 +570,12 @@ def train(args: Args, run: Run) -> None:
         advantages = group_advantages(rewards, args.advantages, args.advantage_temperature)
         with run.precision:
             batch = make_batch(groups, advantages, reference if args.beta else None, args)
+            minibatches = make_minibatches(model, batch, args)
 
-        # 3. Learn. A minibatch has whole groups, the same ones whatever the number of processes.
-        updates, rows = [], torch.arange(len(batch.sequences), device=model.device).view(len(groups), -1)
+        # 3. Learn.
+        updates = []
         for _ in range(args.num_iterations):
-            for i in range(args.num_minibatches):
-                minibatch = batch.select(rows[i :: args.num_minibatches].flatten())
+            for minibatch in minibatches:
                 with run.precision:  # for one step only: it caches casts of the weights, which change
                     updates.append(take_step(model, optimizer, minibatch, args))
         updates = [update for update in updates if update]
@@ -583,11 +613,12 @@ EVALUATION_SEED = 1_000_000_000  # added to the seed: evaluations share no rando
 LIMITS = {  # the interval that flags have to lie in
     "[1, inf)": """max_steps checkpoint_interval eval_prompts eval_samples hidden_size num_layers num_heads
                    sft_batch_size num_prompts num_iterations num_minibatches micro_batch_size
-                   max_completion_length""",
+                   micro_batch_tokens max_completion_length""",
     "[2, inf)": "num_generations",
-    "[0, inf)": "eval_interval sft_steps warmup_steps ref_model_sync_steps dynamic_sampling beta",
+    "[0, inf)": """eval_interval export_interval sft_steps warmup_steps ref_model_sync_steps dynamic_sampling
+                   beta lora_rank""",
     "(0, inf)": """learning_rate sft_learning_rate max_grad_norm temperature advantage_temperature epsilon
-                   epsilon_high checkpoint_minutes""",
+                   epsilon_high checkpoint_minutes lora_alpha""",
     "[0, 4294967296)": "seed",
 }
 
@@ -601,8 +632,14 @@ def check(args: Args) -> None:
     prompts, minibatches = args.num_prompts, args.num_minibatches
     if prompts % minibatches:
         raise ValueError(f"num_minibatches = {minibatches} must divide num_prompts = {prompts}")
+    if args.ref_model_sync_steps and args.lora_rank:
+        raise ValueError("with lora_rank the reference cannot change: ref_model_sync_steps must be 0")
+    if args.export == "adapters" and not args.lora_rank:
+        raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and not (args.model or args.resume or args.evaluate):  # which have a model
         raise ValueError("a dataset needs a model that has learned to read: give --model too")
+    if (args.eval_dataset or args.system_prompt) and not (args.dataset or args.resume or args.evaluate):
+        raise ValueError("eval_dataset and system_prompt belong to a dataset: give --dataset too")
 
 
 def check_limits(args: Args) -> None:
@@ -622,60 +659,70 @@ def check_limits(args: Args) -> None:
 
 
 class Dataset:
-    """Problems from a file or the hub, judged by the rewards of a task; shuffled anew in every pass.
-
-    A prompt is a text, to which chat models get INSTRUCTION, or a conversation, which is taken as it is. All
-    columns are passed to the rewards. Rows of no use are dropped and counted.
-    """
+    """Problems from files or the hub, judged by the rewards of a task; shuffled anew in every pass."""
 
     max_completion_length = 256
 
-    def __init__(self, task, model: Transformer, args: Args):
-        self.rewards, self.lenient = task.rewards, getattr(task, "lenient", None)
-        wants_number = any(function is number_reward for function, _ in self.rewards.values())
-        has_template = bool(model.tokenizer.chat_template)
-        rows, problems, dropped = read_rows(args.dataset), [], Counter()
-        columns = dict.fromkeys(column for row in rows for column in row)
-        for column in (args.prompt_column, args.answer_column):
-            if column not in columns:
-                raise SystemExit(f"{args.dataset} has no column {column}; there are: {', '.join(columns)}")
-        for row in rows:
-            question, answer = row.get(args.prompt_column), str(row.get(args.answer_column))
-            prompt, answer = question, answer.rpartition("####")[2].strip()
-            if isinstance(question, str):
-                question = f"{prompt} {INSTRUCTION}"
-            elif isinstance(question, list) and all(map(is_message, question)) and has_template:
-                prompt = "\n".join(message["content"] for message in question)
-            else:
-                prompt = ""
-            if not prompt.strip():
-                dropped["without a usable prompt"] += 1
-            elif wants_number and parse_number(answer) is None:
-                dropped["without a number as the answer"] += 1
-            else:
-                problem = {column: row.get(column) for column in columns}
-                problems.append(problem | {"prompt": prompt, "question": question, "answer": answer})
+    def __init__(self, task, model: Transformer, args: Args, run: Run):
+        self.parts, self.columns = {False: [], True: []}, {}  # rows by whether they are held out
+        self.model, self.args, self.rewards = model, args, task.rewards
+        self.wants_number = any(function is number_reward for function, _ in task.rewards.values())
+        self.lenient = getattr(task, "lenient", None) if self.wants_number else None
         room = model.config["max_position_embeddings"]
         room -= args.max_completion_length or self.max_completion_length
-        self.parts = {False: [], True: []}  # by is_held_out
-        for problem, tokens in zip(problems, encode_prompts(model, problems, None)):
-            if len(tokens) > room:
-                dropped["too long for the context"] += 1
-            else:
-                self.parts[is_held_out(problem["prompt"])].append(problem)
-        if dropped:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-            say(f"Dropped of the {len(rows):,} rows of {args.dataset}: {reasons}")
+        for name in ("dataset", "eval_dataset"):
+            rows = Rows(getattr(args, name))
+            for chunk in rows.chunks(lambda row: (row, *self.parse(row))):
+                texts = [text for _, (_, _, text) in chunk]
+                encoded = model.encode(texts, special_tokens=not model.tokenizer.chat_template)
+                for (number, (row, problem, _)), tokens in zip(chunk, encoded):
+                    held_out = name != "dataset" or not args.eval_dataset and is_held_out(problem["prompt"])
+                    if 0 < len(tokens) <= room:
+                        # As bytes: Python's objects would take several times the memory of the file.
+                        self.parts[held_out].append(pickle.dumps(row))
+                    else:
+                        rows.dropped["too long for the context, or without any token"].append(number)
+            run.identify(name, rows.source, rows.checksum)
+            self.columns |= rows.columns
         if not all(self.parts.values()):
-            raise SystemExit(f"{args.dataset} has too few rows of use to hold out a tenth of them")
+            raise SystemExit(f"There are too few rows of use in {args.dataset}, or in --eval-dataset")
+
+    def parse(self, row: dict) -> tuple[dict, str]:
+        """The problem in a row, and its prompt as the model reads it; ValueError if the row is of no use.
+
+        A prompt is a text, to which chat models get --instruction, or a conversation, taken as it is.
+        """
+        args, system = self.args, self.args.system_prompt
+        prompt, answer = row.get(args.prompt_column), row.get(args.answer_column)
+        check_text(prompt, args.prompt_column)
+        is_chat = self.model.tokenizer.chat_template or isinstance(prompt, list)
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": f"{prompt} {args.instruction}".rstrip()}]
+        else:
+            prompt, messages = "\n".join(message["content"] for message in prompt), prompt
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("that end with an answer")
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        text = apply_template(self.model, messages) if is_chat else prompt
+        if system and messages[0]["content"].strip() not in text:
+            raise ValueError("whose system prompt the chat template leaves out")
+        if len(text) > 100 * self.model.config["max_position_embeddings"]:  # to read it would take minutes
+            raise ValueError("too long for the context, or without any token")
+        number = str(answer).rpartition("####")[2].strip()
+        if parse_number(number) is not None:
+            answer = number
+        elif self.wants_number:
+            raise ValueError("without a number as the answer")
+        return row | {"prompt": prompt, "messages": messages, "answer": answer}, text
 
     def draw(self, seed: int, index: int, held_out: bool) -> dict:
-        """Problem `index`; see the function of this name."""
+        """Problem `index`; see the function of this name. All have all columns, which rewards may ask for."""
         rows = self.parts[held_out]
-        if held_out:
-            return rows[index]
-        epoch, i = divmod(index, len(rows))
-        return rows[shuffled(seed, epoch, len(rows))[i]]
+        if not held_out:
+            epoch, i = divmod(index, len(rows))
+            index = shuffled(seed, epoch, len(rows))[i]
+        return self.parse(dict.fromkeys(self.columns) | pickle.loads(rows[index]))[0]
 
 
 @lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins
@@ -684,47 +731,64 @@ def shuffled(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("role", "content"))
+def check_text(value: object, column: str) -> None:
+    """Raises ValueError unless a value is a text or a list of messages, and not empty."""
+    if isinstance(value, list):
+        fields = [isinstance(x, dict) and x.get(name) for x in value for name in ("role", "content")]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError("with a message that lacks a role or a content")
+        value = fields[-1] if fields else ""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"without text in {column}")
+
+
+def apply_template(model: Transformer, messages: list[dict], begin_answer: bool = True) -> str:
+    """A conversation as text, and the beginning of an answer to it; ValueError if the template refuses."""
+    template = partial(model.tokenizer.apply_chat_template, tokenize=False)
+    try:
+        return template(messages, add_generation_prompt=begin_answer)
+    except Exception as error:  # of Jinja, in which templates are written
+        raise ValueError(f"that the chat template refuses ({' '.join(str(error).split())[:100]})")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(
-    model: Transformer, reference: Transformer, task, args: Args, run: Run
+    model: Transformer, reference: Reference, task, args: Args, run: Run
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics on held-out problems and a few completions; no generator of the training is drawn from.
 
     The first reward counts as correctness. If it is graded, pass@1 is its mean, pass@k that of the best of k.
     """
-    (rank, world), k, lenient = rank_and_world(), args.eval_samples, getattr(task, "lenient", None)
+    k, lenient = args.eval_samples, getattr(task, "lenient", None)
     count = min(args.eval_prompts, len(task.parts[True])) if args.dataset else args.eval_prompts
-    problems = [draw(task, args.seed, i, held_out=True) for i in range(count)]
+    problems = my_share([draw(task, args.seed, i, held_out=True) for i in range(count)])
     generator = torch.Generator().manual_seed(args.seed + EVALUATION_SEED)
-    uniforms = torch.rand(count, k, args.max_completion_length, generator=generator)
+    uniforms = my_share(torch.rand(count, k, args.max_completion_length, generator=generator))
     names = ["pass@1", f"pass@{k}", "greedy_pass@1", "mean_length", "clipped_ratio", "kl_to_reference"]
     names += ["accuracy_lenient"] if lenient else []
-    totals, samples = torch.zeros(len(names), dtype=torch.float64), []
-    size = max(args.num_prompts * args.num_generations // world // k, 1)  # as many rows as in training
-    for first in range(rank * size, count, world * size):
-        part = slice(first, first + size)
+    totals, samples, sequences, log_probs = torch.zeros(len(names), dtype=torch.float64), [], [], []
+    if problems:  # there may be fewer than processes
         with run.precision:
-            groups = sample_groups(model, task, problems[part], uniforms[part], args.temperature)
-            greedy = sample_groups(model, task, problems[part], uniforms[part, :1], 0.0)
-            # log(policy / reference) of whole completions; one of each prompt is enough.
-            sequences = [Sequence(group.prompt, group.completions.tokens[0]) for group in groups]
-            log_probs = torch.stack([group.completions.log_probs[0] for group in groups])
-            log_ratios = log_probs - log_probs_under(reference, sequences, log_probs.shape[1], args)
-        for problem, group, best, log_ratio in zip(problems[part], groups, greedy, log_ratios.sum(1)):
+            groups = sample_groups(model, task, problems, uniforms, args.temperature, args)
+            greedy = sample_groups(model, task, problems, uniforms[:, :1], 0.0, args)
+        for problem, group, best in zip(problems, groups, greedy):
             tokens, _, finished = group.completions
+            sequences.append(Sequence(group.prompt, tokens[0]))
+            log_probs.append(group.completions.log_probs[0])
             values = [group.correctness.mean(), group.correctness.max(), best.correctness[0]]
-            values += [sum(map(len, tokens)) / k, 1 - finished.float().mean(), log_ratio]
+            values += [sum(map(len, tokens)) / k, 1 - finished.float().mean(), 0.0]
             values += [call_reward("lenient", lenient, [problem] * k, group.texts).mean()] if lenient else []
             totals += torch.tensor([float(x) for x in values], dtype=torch.float64)
             sample = {"prompt": problem["prompt"], "completion": group.texts[0]}
             sample |= {name: rewards[0].item() for name, rewards in group.rewards.items()}
             samples.append(sample | {"length": len(tokens[0]), "finished": finished[0].item()})
+        # log(policy / reference) of whole completions; one of each prompt is enough.
+        with run.precision, reference as frozen:
+            log_ratios = torch.stack(log_probs)
+            log_ratios -= log_probs_under(frozen, sequences, log_ratios.shape[1], args)
+        totals[names.index("kl_to_reference")] = log_ratios.sum(dtype=torch.float64)
     totals = sum_over_ranks(totals.to(model.device, torch.float32)) / count
     return dict(zip(names, totals.tolist())), samples[:8]
 
@@ -779,12 +843,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, index: int):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim = D
+        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -807,7 +871,9 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
+        if self.rotates:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.type_as(v), k.type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -820,7 +886,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama, Qwen2 or Qwen3 family, made from the content of a config.json."""
+    """A decoder of the families below, made from the content of a config.json."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -828,13 +894,15 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"model_type {family} is not supported, only llama, qwen2, qwen3")
-        if self.config["hidden_act"] != "silu" or config.get("use_sliding_window"):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+            raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
+        window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
+        if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
+        layers = range(config["num_hidden_layers"])
+        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -844,6 +912,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         self.register_buffer("frequencies", rotary_frequencies(self.config), persistent=False)
         self.tokenizer, self.eos_ids = None, set()  # the tokens that end a completion
+        self.folder, self.file_type, self.generation_config = None, torch.float32, {}  # of what was read
+        self.adapter_scale, self.adapters_on = 0.0, True  # see add_adapters
         self.gradient_checkpointing = False
 
     def hidden(
@@ -866,7 +936,7 @@ class Transformer(nn.Module):
         groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
         mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
-        x = self.model["embed_tokens"](tokens)
+        x = self.model["embed_tokens"](tokens).type_as(self.model["norm"].weight)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotary, mask, None, positions, use_reentrant=False)
@@ -906,39 +976,53 @@ class Transformer(nn.Module):
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Transformer:
-        """The model of a Hugging Face folder, in float32, without its tokenizer."""
+    def from_pretrained(cls, path: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
+        """The model of a Hugging Face folder, without its tokenizer; dtype None keeps the file's."""
         path, weights = Path(path), {}
         with explained(f"Cannot read a model from {path}"):
             config = json.loads((path / "config.json").read_text())
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                weights |= load_file(file)
-            weights = {name: x.float() for name, x in weights.items() if not name.endswith("inv_freq")}
-            tied = model.config["tie_word_embeddings"]
-            if tied:
-                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
+                    for name in tensors.keys():
+                        x = tensors.get_tensor(name)
+                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
+            if not weights:
+                raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
+            weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
+            if model.config["tie_word_embeddings"]:
+                embedding = weights.get("model.embed_tokens.weight")
+                head = weights.setdefault("lm_head.weight", embedding)
+                # Some files have a head of their own all the same.
+                model.config["tie_word_embeddings"] = head is embedding or torch.equal(head, embedding)
             model.load_state_dict(weights, assign=True)
-            if tied:
+            if model.config["tie_word_embeddings"]:
                 model.lm_head.weight = model.model["embed_tokens"].weight
             # Chat models stop at several tokens, and the files name different ones of them.
-            file = path / "generation_config.json"
-            for values in (config, json.loads(file.read_text()) if file.exists() else {}):
+            model.folder, file = path, path / "generation_config.json"
+            if file.exists():
+                model.generation_config = json.loads(file.read_text())
+            for values in (config, model.generation_config):
                 ids = values.get("eos_token_id")
                 model.eos_ids |= {*(ids if isinstance(ids, list) else [ids])} - {None}
-        return model
+        return model.to(device)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` reads, here and in transformers."""
-        path = Path(path)
+        """Writes a folder that `from_pretrained` reads, here and in transformers, with adapters merged."""
+        path, weights = Path(path), {}
         path.mkdir(parents=True, exist_ok=True)
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        if self.config["tie_word_embeddings"]:
-            del weights["lm_head.weight"]
-        config = {name: x for name, x in self.config.items() if name != "torch_dtype"} | {"dtype": "float32"}
+        for name, x in (*self.named_parameters(), *self.named_buffers()):
+            layer = self.get_submodule(name.rpartition(".")[0])
+            if name.endswith("weight") and hasattr(layer, "lora_A"):
+                x = x + self.adapter_scale * layer.lora_B @ layer.lora_A
+            if name.endswith(("weight", "bias")):
+                weights[name] = x.detach().to("cpu", self.file_type).contiguous()
+        config = {name: x for name, x in self.config.items() if name != "torch_dtype"}
+        config |= {"dtype": str(self.file_type).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2))
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(self.eos_ids)}))
+        generation_config = self.generation_config | {"eos_token_id": sorted(self.eos_ids)}
+        (path / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
         save_file(weights, path / "model.safetensors", {"format": "pt"})
         if self.tokenizer:
             self.tokenizer.save_pretrained(path)
@@ -977,7 +1061,7 @@ def make_model(task, args: Args) -> Transformer:
     return model
 
 
-def read_model(source: str | Path) -> Transformer:
+def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
 
@@ -989,20 +1073,120 @@ def read_model(source: str | Path) -> Transformer:
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    model = Transformer.from_pretrained(path)
+    model = Transformer.from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
+    if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
+        raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
     return model
 
 
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
+    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
+    for name, x in model.state_dict().items():
+        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
+        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
+    return checksum
+
+
 def load_model(task, args: Args, run: Run) -> Transformer:
-    """The model that a run begins with: the copy of a resumed run, that of --model, or a small new one."""
-    copy = run.path / "reference"
-    if copy.is_dir() or args.model:
-        model = read_model(copy if copy.is_dir() else args.model)
+    """The model of --model, that of the warm-up of a resumed run, or a small one that has yet to warm up."""
+    if args.model or run.is_warm:
+        source = args.model or run.path / "reference"
+        model = read_model(source, run.device, None if args.lora_rank else torch.float32)
+        if args.model:
+            run.identify("model", args.model, fingerprint(model))
+        add_adapters(model, args, run)
     else:
-        model = make_model(task, args)
+        model = make_model(task, args).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    return model.to(run.device)
+    return model
+
+
+# ----------------------------------------------------------------------------------------- LoRA and reference
+
+
+def freeze(model: Transformer, matrix_type: torch.dtype) -> Transformer:
+    """Turns the weights into buffers, which no optimizer moves and no checkpoint holds.
+
+    Matrices get the type in which they are multiplied, norms float32; embeddings keep theirs.
+    """
+    frozen, types = {}, {nn.Linear: matrix_type, nn.RMSNorm: torch.float32}
+    for module in reversed([*model.modules()]):
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if weight not in frozen:  # a tied head, which is the last module, comes before its embedding
+                frozen[weight] = weight.detach().to(types.get(type(module)))
+            delattr(module, name)
+            module.register_buffer(name, frozen[weight], persistent=False)
+    return model
+
+
+def add_adapters(model: Transformer, args: Args, run: Run) -> None:
+    """With --lora-rank: freezes the model and lets W + alpha / rank B A act in place of each W.
+
+    W are the linear layers but the head. A and B learn, and B begins at 0 (Hu et al. 2021, section 4.1).
+    """
+    if not args.lora_rank:
+        return
+
+    def add(layer: nn.Linear, x: tuple[Tensor], y: Tensor) -> Tensor:
+        low_rank = F.linear(F.linear(x[0], layer.lora_A), layer.lora_B)
+        return y + model.adapter_scale * low_rank if model.adapters_on else y
+
+    freeze(model, run.matrix_type).adapter_scale = args.lora_alpha / args.lora_rank
+    for layer in model.model["layers"].modules():
+        if isinstance(layer, nn.Linear):
+            new = partial(layer.weight.new_zeros, dtype=torch.float32)
+            layer.lora_A = nn.Parameter(new((args.lora_rank, layer.in_features)))
+            nn.init.kaiming_uniform_(layer.lora_A, math.sqrt(5))
+            layer.lora_B = nn.Parameter(new((layer.out_features, args.lora_rank)))
+            layer.register_forward_hook(add)
+
+
+def save_adapters(model: Transformer, args: Args, path: Path) -> None:
+    """Writes the adapters in a folder that PEFT reads."""
+    weights = {f"base_model.model.{name}.weight": x.cpu() for name, x in model.state_dict().items()}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": args.lora_rank}
+    config |= {"lora_alpha": args.lora_alpha, "base_model_name_or_path": args.model or str(model.folder)}
+    config["target_modules"] = sorted({name.split(".")[-3] for name in weights})
+    model.tokenizer.save_pretrained(path)
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, path / "adapter_model.safetensors", {"format": "pt"})
+
+
+class Reference:
+    """The model that the training began with, while `with reference as model` lasts.
+
+    With LoRA it is the model without its adapters. Else a frozen copy is read, which stays if `keep` is true.
+    """
+
+    def __init__(self, model: Transformer, run: Run, keep: bool = False):
+        self.model, self.run, self.keep, self.copy, self.has_moved = model, run, keep, None, False
+
+    def __enter__(self) -> Transformer:
+        self.model.adapters_on = False
+        if self.model.adapter_scale:
+            return self.model
+        if self.copy is None:
+            copy = Transformer.from_pretrained(self.model.folder, self.run.device, None)
+            self.copy = freeze(copy, self.run.matrix_type)
+            copy.tokenizer, copy.eos_ids = self.model.tokenizer, self.model.eos_ids
+        return self.copy
+
+    def __exit__(self, *_) -> None:
+        self.model.adapters_on = True
+        self.copy = self.copy if self.keep else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of a reference that has moved; others can be read again."""
+        return {x: self.copy.get_buffer(x) for x in self.model.state_dict()} if self.has_moved else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Moves to the weights of a policy, or to those of `state_dict`."""
+        self.has_moved = bool(state)
+        for name, x in state.items():
+            with self as copy:
+                copy.get_buffer(name).copy_(x)
 
 
 # ------------------------------------------------------------------------------ log-probabilities and sampler
@@ -1086,7 +1270,9 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     hidden = hidden.flatten(0, 1)[packed.predictors]  # (N, size)
 
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(model.lm_head(hidden).float() / temperature, targets, reduction="none")
+        # Autocast would cast the head once for all parts, and so add up their gradients in bfloat16.
+        logits = F.linear(hidden.to(model.dtype), model.lm_head.weight.to(model.dtype))
+        return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
     size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
     parts = list(zip(hidden.split(size), packed.targets.split(size)))
@@ -1097,6 +1283,18 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
     lengths = torch.tensor([len(completion) for _, completion in sequences])
     mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
+
+
+def split(sequences: list[Sequence], args: Args, unit: int = 1) -> list[list[int]]:
+    """The rows of each micro-batch, within both limits; `unit` rows, at least, stay together."""
+    parts, room = [], 0
+    for row in range(0, len(sequences), unit):
+        tokens = sum(len(part) for sequence in sequences[row : row + unit] for part in sequence)
+        if tokens > room or len(parts[-1]) + unit > args.micro_batch_size:
+            parts, room = [*parts, []], args.micro_batch_tokens
+        parts[-1] += range(row, row + unit)
+        room -= tokens
+    return parts
 
 
 def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
@@ -1166,6 +1364,24 @@ def generate(
     return Completions(token_lists, log_probs, finished)
 
 
+def sample(
+    model: Transformer, prompts: list[list[int]], uniforms: Tensor, args: Args, temperature: float = 1.0
+) -> Completions:
+    """Samples completions for `uniforms` (P, G, C), on their device, in parts whose cache has a limit.
+
+    No activations are kept, so a part may have 4 times the rows and 8 times the tokens of a micro-batch.
+    """
+    (_, G, C), parts = uniforms.shape, []
+    rows = min(4 * args.micro_batch_size, 8 * args.micro_batch_tokens // (max(map(len, prompts)) + C))
+    size = max(rows // G, 1)
+    for i in range(0, len(prompts), size):
+        numbers = uniforms[i : i + size].to(model.device)
+        parts.append(generate(model, prompts[i : i + size], numbers, temperature))
+    tokens, log_probs, finished = zip(*parts)
+    log_probs, finished = (torch.cat(x).to(uniforms.device) for x in (log_probs, finished))
+    return Completions(sum(tokens, []), log_probs, finished)
+
+
 # --------------------------------------------------------------------------------------------- tasks, rewards
 
 
@@ -1227,7 +1443,7 @@ def draw(task, seed: int, index: int, held_out: bool = False) -> dict:
 def call_reward(name: str, function: Callable, problems: list[dict], completions: list[str]) -> Tensor:
     """One reward (rows,) of completions, each of the problem in the same row."""
     # TRL's signature: a reward function takes the columns that it needs, and the others as **columns.
-    names = {name for problem in problems for name in problem}
+    names = {name for problem in problems for name in problem} - {"prompts", "completions"}
     columns = {name: [problem.get(name) for problem in problems] for name in names}
     values = function(prompts=columns.pop("prompt"), completions=completions, **columns)
     with explained(f"The reward {name} must give one finite number for each completion"):
@@ -1243,21 +1459,19 @@ def score(task, problems: list[dict], completions: list[str]) -> dict[str, Tenso
     return parts | {"reward": sum(weight * parts[name] for name, (_, weight) in task.rewards.items())}
 
 
-def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int | None) -> list[list[int]]:
-    """Token ids of each prompt; with a chat template, those of the question, a text or a list of messages.
+def encode_prompts(model: Transformer, problems: list[dict], new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt; with a chat template, those of its messages, or of the question in its place.
 
-    A prompt that leaves no room for `new_tokens` ends the program, unless these are None.
+    A prompt that leaves no room for `new_tokens` ends the program.
     """
-    if model.tokenizer.chat_template:
-        questions = [problem.get("question", problem["prompt"]) for problem in problems]
-        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in questions]
-        template = partial(model.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        prompts = model.encode([template(chat) for chat in chats], special_tokens=False)
-    else:
-        prompts = model.encode([problem["prompt"] for problem in problems])
-    context = model.config["max_position_embeddings"]
+    texts, chat = [problem["prompt"] for problem in problems], bool(model.tokenizer.chat_template)
+    if chat:
+        asked = [{"role": "user", "content": x.get("question", x["prompt"])} for x in problems]
+        with explained("A prompt is unfit"):
+            texts = [apply_template(model, x.get("messages", [y])) for x, y in zip(problems, asked)]
+    prompts, context = model.encode(texts, special_tokens=not chat), model.config["max_position_embeddings"]
     for problem, prompt in zip(problems, prompts):
-        if new_tokens is not None and not 0 < len(prompt) <= context - new_tokens:
+        if not 0 < len(prompt) <= context - new_tokens:
             sizes = f"A prompt of {len(prompt)} tokens plus {new_tokens} exceeds the context of {context}"
             raise SystemExit(f"{sizes}: {problem['prompt'][:50]!r}; lower --max-completion-length or drop it")
     return prompts
@@ -1287,6 +1501,8 @@ def optimizer_step(model: Transformer, optimizer: torch.optim.Optimizer, max_gra
 
 def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Args, run: Run) -> None:
     """Supervised fine-tuning of a small new model on demonstrations, in the steps up to 0."""
+    if args.model or run.is_warm:
+        return
     group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
     for progress in run.iterations(end=0):
         # Rise in 50 steps; fall to 5 percent over the second half.
@@ -1305,9 +1521,12 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
         norm = optimizer_step(model, optimizer, 1.0)
         if done % 10 == 9 or not math.isfinite(norm):
             run.log({"sft/loss": sum_over_ranks(loss.detach()), "sft/grad_norm": norm})
-    if run.step == 0:  # the training begins with a new optimizer
-        optimizer.state.clear()
-        group["weight_decay"] = 0.0
+    model.folder = run.path / "reference"
+    export(model.save_pretrained, model.folder)
+    add_adapters(model, args, run)
+    optimizer.state.clear()  # the training begins with a new optimizer
+    group |= {"params": [*model.parameters()], "weight_decay": 0.0}
+    run.save("checkpoint.pt")
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1331,6 +1550,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def wait_for_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 # ------------------------------------------------------------------------------------------------------- runs
 
 
@@ -1349,7 +1573,9 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
-        self.precision = torch.autocast(device.type, torch.bfloat16, args.bf16 and has_bfloat16(device))
+        is_bf16 = args.bf16 and has_bfloat16(device)
+        self.precision = torch.autocast(device.type, torch.bfloat16, is_bf16)
+        self.matrix_type = torch.bfloat16 if is_bf16 else torch.float32
         # A copy, since `train` may change args. Where a run is found does not belong to it.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
         self.first_step = 0 if args.model else -args.sft_steps
@@ -1357,14 +1583,16 @@ class Run:
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
         self.progress = self.writer = self.wandb = None
-        self.interrupted, self.handlers, self.checkpoint = False, {}, {}
+        self.interrupted, self.handlers, self.checkpoint, self.metrics = False, {}, {}, {}
         if args.evaluate or any(self.path.glob("checkpoint*.pt")):
             self.checkpoint = load_checkpoint(args.evaluate or self.path)
             saved, self.step = self.checkpoint["args"], self.checkpoint["step"]
-            refuse_changes(saved, self.arguments, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+            check_changes(saved, args)
             self.elapsed = self.checkpoint["elapsed"]
             if args.max_steps < min(saved["max_steps"], self.step + 1):
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
+        self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
+        self.fingerprints = self.checkpoint.get("fingerprints", {})
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1382,6 +1610,12 @@ class Run:
         self.interrupted = True
         # os.write, because print fails if the signal arrives during another print.
         os.write(2, b"\nThe run ends after this iteration and a checkpoint; Ctrl-C again ends it at once\n")
+
+    def identify(self, name: str, source: object, fingerprint: int) -> None:
+        """Ends the run if its model or dataset is not the one that it began with, wherever that lies now."""
+        is_same = self.fingerprints.setdefault(name, fingerprint) == fingerprint
+        if not is_same and not (self.args.evaluate and name == "eval_dataset"):
+            raise SystemExit(f"{self.path} began with another {name} than {source}")
 
     @property
     def advice(self) -> str:
@@ -1456,13 +1690,15 @@ class Run:
                 self.evaluate()
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
-            if last or due or minutes > args.checkpoint_minutes:
+            if evaluation and last or due or minutes > args.checkpoint_minutes:
                 self.save("checkpoint.pt")
+            if evaluation and not last and args.export_interval and self.due(args.export_interval):
+                self.export()
             self.progress.update()
         self.progress.close()
         self.started = time.perf_counter()
         if evaluation:
-            export(self.state["model"], self.path / "model")
+            self.export()
 
     def due(self, interval: int) -> bool:
         """Whether this iteration passed a multiple of `interval` steps."""
@@ -1498,6 +1734,7 @@ class Run:
     def evaluate(self) -> None:
         """Metrics of the policy, logged and printed, and samples of what it writes."""
         metrics, samples = self.evaluation()
+        self.metrics = metrics
         values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
         say(f"step {self.step:>5,}: evaluation {values}")
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
@@ -1510,10 +1747,11 @@ class Run:
         if self.rank:
             return
         rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        old, new = file.read_text().splitlines() if file.exists() else [], [json.dumps(row) for row in rows]
+        text = file.read_text(errors="replace") if file.exists() else ""
         # Of the samples in the file, those of earlier steps, whole lines only.
-        steps = [re.match(r'{"step": (\d+), .*}$', line) for line in old]
-        old = [line for line, step in zip(old, steps) if step and int(step[1]) < self.step]
+        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
+        old = [line for line, step in found if int(step) < self.step]
+        new = [json.dumps(row) for row in rows]
         write_file(file, "".join(line + "\n" for line in old + new))
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
         if self.wandb:
@@ -1530,12 +1768,37 @@ class Run:
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
+        state |= {"fingerprints": self.fingerprints}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
+        (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
         save_checkpoint(self.path / name, state)
         self.saved_at = time.perf_counter()
+
+    def export(self) -> None:
+        """Writes the model, or its adapters, with a model card."""
+        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
+        for name, x in self.arguments.items():
+            flag = name.replace("_", "-")
+            if x != getattr(Args(), name) and isinstance(x, bool):
+                words.append(f"--{flag}" if x else f"--no-{flag}")
+            elif x != getattr(Args(), name):
+                values = x if isinstance(x, list) else [x]
+                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
+        rows += [f"| {name} | {x} |" for name, x in versions.items()]
+        card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
+        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
+        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+
+        def write(path: Path) -> None:
+            save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
+            (path / "README.md").write_text(card)
+
+        export(write, self.path / "model")
 
     def close(self) -> None:
         """Closes the logs, and gives the signals back."""
@@ -1578,26 +1841,60 @@ def has_bfloat16(device: torch.device) -> bool:
 FORMAT = 2  # of a checkpoint
 
 
-def read_rows(source: str) -> list[dict]:
-    """The rows of a JSONL or Parquet file, or of the training split of a dataset on the Hugging Face hub."""
-    path, rows = Path(source), []
+def read_rows(source: str) -> Iterator[bytes | dict]:
+    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
     with explained(f"Cannot read the dataset {source}"):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        if path.suffix not in (".json", ".jsonl"):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
+                yield from batch.to_pylist()
+        elif path.suffix in (".json", ".jsonl"):
+            with path.open("rb") as file:
+                yield from (line for line in file if line.strip())
+        else:
             import datasets
 
-            name, _, configuration = source.partition(":")
-            return list(datasets.load_dataset(name, configuration or None, split="train"))
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            if line.strip():
-                with explained(f"{source}, line {number} is not a JSON object"):
-                    rows.append(dict(json.loads(line)))
-    return rows
+            name, configuration, split = [*source.split(":"), "", ""][:3]
+            yield from datasets.load_dataset(name, configuration or None, split=split or "train")
+
+
+class Rows:
+    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+
+    def __init__(self, source: str | Path | None):
+        self.source, self.checksum, self.columns = source, 0, {}
+        self.dropped = defaultdict(list)  # row numbers by reason
+
+    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
+        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
+        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
+        while chunk := list(itertools.islice(rows, 100)):
+            parsed, count = [], count + len(chunk)
+            for number, row in chunk:
+                try:
+                    row = json.loads(row) if isinstance(row, bytes) else row
+                    if not isinstance(row, dict):
+                        raise ValueError("that are no JSON objects")
+                    self.columns |= dict.fromkeys(row)
+                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
+                    self.checksum = zlib.crc32(text, self.checksum)
+                    parsed.append((number, parse(row)))
+                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+                    self.dropped[reason].append(number)
+            yield parsed
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
+        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
+        if sum(map(len, self.dropped.values())) > count / 2:
+            columns = ", ".join(self.columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
+        if dropped:
+            say(line)
 
 
 def make_directory(args: Args) -> Path:
@@ -1618,16 +1915,16 @@ def make_directory(args: Args) -> Path:
             time.sleep(0.1)  # another run began in the same second
 
 
-def export(model: Transformer, path: Path) -> None:
-    """Writes a Hugging Face folder, whole or not at all."""
-    if rank_and_world()[0]:
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+def export(write: Callable[[Path], None], path: Path) -> None:
+    """Lets the first process write a folder, whole or not at all, and the others wait for it."""
+    if rank_and_world()[0] == 0:
+        temporary = path.with_name(f"{path.name}.tmp")
+        with explained(f"Cannot write {path}; is the disk full?"):  # the libraries have errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            write(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+    wait_for_ranks()
 
 
 def write_file(path: Path, content: str | dict) -> None:
@@ -1698,10 +1995,11 @@ def read_args(run: str | Path) -> Args:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-# Flags that may change on resume or evaluation; any other would make it a different run.
-MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes track
+# Flags that may change on resume or evaluation; any other would make it a different run. A model or dataset
+# may lie in another place: what is there is compared with the fingerprint in the checkpoint.
+MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
-MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_prompts", "eval_samples"]
+MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts", "eval_samples"]
 
 
 def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
@@ -1712,6 +2010,13 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
             raise SystemExit(f"A run cannot change {change}, only {', '.join(may_change)}")
 
 
+def check_changes(saved: dict, args: Args) -> None:
+    """Ends the program if args differ from saved ones in a flag that may not change."""
+    new = dataclasses.asdict(args)
+    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
+
+
 def parse_args(arguments: list[str] | None = None) -> Args:
     """The command line, on top of the arguments of the run that it names, if it names one."""
     args = tyro.cli(Args, args=arguments)
@@ -1719,7 +2024,8 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     run = args.resume or args.evaluate or (named if named and (named / "args.json").exists() else None)
     if not run:
         return args
-    saved = read_args(run)
+    beside = Path(run).with_name("args.json")  # of a checkpoint file, which is then loaded only once
+    saved = read_args(beside if Path(run).is_file() and beside.exists() else run)
     # The name of a module in a file is not trusted: only the command line can have it imported.
     default = dataclasses.replace(saved, task=saved.task.rpartition(":")[2], reward=[])
     args = tyro.cli(Args, args=arguments, default=default)
@@ -1727,8 +2033,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     unconfirmed += [] if args.reward else [f"--reward {reward}" for reward in saved.reward]
     if unconfirmed:
         raise SystemExit(f"The run imports modules of yours; confirm them with {' '.join(unconfirmed)}")
-    may_change = MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE
-    refuse_changes(dataclasses.asdict(saved), dataclasses.asdict(args), may_change)
+    check_changes(dataclasses.asdict(saved), args)
     return args
 
 

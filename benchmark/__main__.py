@@ -5,6 +5,7 @@ python -m benchmark report --suite mujoco                    # tables and figure
 python -m benchmark frontier --seeds 3                       # true reward against KL, language models
 python -m benchmark curve runs/Hopper-v5__...                # learning curve of one run
 python -m benchmark speed                                    # steps per second beside the peers
+python -m benchmark memory                                   # what fits on which GPU, language models
 """
 
 import signal
@@ -146,8 +147,27 @@ def speed(
     print(measure(peers, rounds, iterations, only, results))
 
 
+def memory(micro_batch_tokens: int = 8192, lora_rank: int = 16) -> None:
+    """Count the GPU memory that grpo_llm.py and dpo_llm.py need for models of several sizes.
+
+    Args:
+        micro_batch_tokens: as the flag of the scripts
+        lora_rank: rank of the adapters in the rows with LoRA
+    """
+    from benchmark.memory import table
+
+    print(table(micro_batch_tokens, lora_rank))
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "report": report, "frontier": frontier, "curve": curve, "speed": speed},
+        {
+            "run": run,
+            "report": report,
+            "frontier": frontier,
+            "curve": curve,
+            "speed": speed,
+            "memory": memory,
+        },
         prog="python -m benchmark",
     )

@@ -56,7 +56,7 @@ def sampled_rewards(reference: Path, prompts: int = 64, samples: int = 1024) -> 
         prompts, samples, task.max_completion_length, generator=torch.Generator().manual_seed(0)
     )
     ids = dpo_llm.encode_prompts(model, problems, task.max_completion_length)
-    texts = model.decode(dpo_llm.sample(model, ids, uniforms).tokens)
+    texts = model.decode(dpo_llm.sample(model, ids, uniforms, dpo_llm.Args()).tokens)
     rows = [problem for problem in problems for _ in range(samples)]
     return dpo_llm.score(task, rows, texts)["reward"].double().view(prompts, samples).numpy()
 

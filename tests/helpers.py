@@ -39,6 +39,15 @@ def run_script(script: str, *flags, cwd: Path, **environment: str) -> tuple[int,
         return process.returncode, output
 
 
+def run_two_processes(script: str, port: int, *flags, cwd: Path) -> None:
+    """The two processes that torchrun would start, without torchrun, which takes seconds to begin."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [start(script, *flags, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
 def read_curves(run: Path) -> dict[str, dict[int, float]]:
     """Every scalar of a run, {tag: {step: value}}, wall-clock ones left out; a later file wins."""
     curves = {}
@@ -79,7 +88,9 @@ def difference(one, other, path: str = "") -> str | None:
         found = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, other)))
     elif isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape
-        same = same and one.numpy().tobytes() == other.numpy().tobytes()
+        if same:  # as bytes, since NumPy has no bfloat16
+            one_bytes, other_bytes = (x.contiguous().flatten().view(torch.uint8) for x in (one, other))
+            same = torch.equal(one_bytes, other_bytes)
         return None if same else f"{path}: {one} and {other}"
     else:
         return None if one == other else f"{path}: {one!r} and {other!r}"

@@ -6,21 +6,22 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import REPOSITORY, checkpoint_difference, read_curves, run_script, start
+from helpers import REPOSITORY, checkpoint_difference, read_curves, run_script, run_two_processes, start
 from test_ppo_continuous_runs import flags, kill_when, nth_evaluation, refusal
 
 import grpo_llm as grpo
@@ -106,7 +107,7 @@ def test_sharded_files_and_old_configs_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "llama, mistral, qwen2, qwen3, smollm3"),
         ({"hidden_act": "gelu"}, "activations other than silu"),
         ({"use_sliding_window": True}, "sliding windows"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn"),
@@ -315,7 +316,9 @@ def test_kl_of_an_evaluation_counts_truncated_completions_too():
     found = []
     for masked in (False, True):
         args.mask_truncated_completions = masked
-        metrics, _ = grpo.evaluate(policy, reference, task, args, MagicMock(precision=nullcontext()))
+        metrics, _ = grpo.evaluate(
+            policy, nullcontext(reference), task, args, MagicMock(precision=nullcontext())
+        )
         assert metrics["clipped_ratio"] > 0.5 and metrics["kl_to_reference"] != 0
         found.append(metrics["kl_to_reference"])
     assert found[0] == found[1]
@@ -550,7 +553,7 @@ def test_micro_batches_change_nothing(model, loss, beta, monkeypatch):
     results = []
     for size in (24, 5):
         args = grpo.Args(loss=loss, beta=beta, micro_batch_size=size, max_completion_length=13)
-        batch = grpo.make_batch(groups, advantages, reference if beta else None, args)
+        batch = grpo.make_batch(groups, advantages, nullcontext(reference) if beta else None, args)
         batch = batch._replace(old_log_probs=batch.old_log_probs + 0.1 * torch.sin(torch.arange(13)))
         gradients = []
         monkeypatch.setattr(
@@ -564,7 +567,7 @@ def test_micro_batches_change_nothing(model, loss, beta, monkeypatch):
             log_probs, low_high = grpo.completion_log_probs(model, batch.sequences), args.clip_range
             settings = dict(zip(("clip_low", "clip_high"), low_high), beta=beta, max_completion_length=13)
             columns = batch.select(torch.arange(24))[1:]
-            _, mask, old_log_probs, reference_log_probs = columns
+            _, mask, _, old_log_probs, reference_log_probs = columns
             loss_value, _ = grpo.policy_loss(
                 log_probs,
                 old_log_probs,
@@ -606,10 +609,43 @@ def test_format(completion, answer):
 
 
 def test_numbers():
-    for text, value in (("852", 852), ("-1,234.50", Fraction(-2469, 2)), ("$7", 7), (" 007 ", 7)):
-        assert grpo.parse_number(text) == value
-    for text in ("", "1e3", "0x10", "٣", "1_000", "nan", "--1", "1.", "1 2", "9" * 50, None, "½", "1\x00"):
-        assert grpo.parse_number(text) is None
+    half = Fraction(1, 2)
+    good = {
+        "852": 852,
+        "-1,234.50": Fraction(-2469, 2),
+        "$7": 7,
+        " 007 ": 7,
+        "-$5": -5,
+        "$-5": -5,
+        "1/2": half,
+    }
+    good |= {"50%": half, ".5": half, "-.5": -half, "$.50": half, "-10/4": -5 * half, "12,345,678": 12345678}
+    good |= {"12.5%": half / 4, "-1/2%": -half / 100, "1/02": half, "$1,000.00": 1000, "-0": 0}
+    for text, value in good.items():
+        assert grpo.parse_number(text) == value, text
+        # The lenient score finds it between words, commas and full stops.
+        assert grpo.last_number(f"7 so it is {text}, I think.") == text.strip()
+    bad = [
+        "",
+        "1e3",
+        "0x10",
+        "٣",
+        "1_000",
+        "nan",
+        "--1",
+        "1.",
+        "1 2",
+        "9" * 50,
+        None,
+        "½",
+        "1\x00",
+        "1/0",
+        ".",
+    ]
+    bad += ["1,2", "1,2345", ",123", "1,,234", "8$52", "5$", "-$-5", "$", "%", "-", "1/2/3", "1/-2", "1/2.5"]
+    bad += ["50%%", "1.5/2", "1,234/2,", "٣/٣", "1 /2", "/2", "$$5", "1.2.3", "5e", "."]
+    for text in bad:
+        assert grpo.parse_number(text) is None, text
     assert grpo.last_number("so 3 and <answer>x = 1,852. </answer>") == "1,852"
     assert grpo.last_number("it is 3, no, 12") == "12" and grpo.last_number("nothing") is None
 
@@ -677,28 +713,33 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def make_dataset(folder: Path, rows: list[dict] | str, chat: bool = False, **changes):
+def make_dataset(folder: Path, rows: list[dict] | str, template: str | None = None, **changes):
     """A dataset from rows or the text of a file, for the model of the arithmetic task."""
     path = folder / "a.jsonl"
     path.write_text(rows) if isinstance(rows, str) else write_rows(path, rows)
     args = grpo.Args(**{"dataset": str(path), "model": "x", "hidden_size": 16} | changes)
     model = grpo.make_model(grpo.Arithmetic(), args)
-    if chat:
-        model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return grpo.Dataset(grpo.make_task(args), model, args)
+    model.tokenizer.chat_template = template
+    return grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
+
+
+def problems_of(task) -> list[dict]:
+    """All problems of a dataset, those that are held out last."""
+    return [task.draw(1, i, out) for out in (False, True) for i in range(len(task.parts[out]))]
 
 
 def test_dataset(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"because 1 + 2\n#### {i},000"} for i in range(200)]
     task = make_dataset(tmp_path, rows)
-    held_out = task.parts[True]
+    held_out = [row["question"] for row in rows if grpo.is_held_out(row["question"])]
     count = 200 - len(held_out)
+    assert len(task.parts[True]) == len(held_out)
     assert 5 < len(held_out) < 40
     passes = [[grpo.draw(task, 1, p * count + i)["prompt"] for i in range(count)] for p in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
-    assert not {*passes[0]} & {x["prompt"] for x in held_out}
+    assert not {*passes[0]} & {*held_out}
     assert grpo.draw(make_dataset(tmp_path, rows), 1, count + 3)["prompt"] == passes[1][3]
-    assert grpo.draw(task, 1, 3, held_out=True) == held_out[3]
+    assert grpo.draw(task, 1, 3, held_out=True)["prompt"] == held_out[3]
     problem = grpo.draw(task, 1, 0)
     right = f"<think></think><answer>{problem['prompt'][1:]}000</answer>"
     assert grpo.score(task, [problem] * 2, [right, "x"])["correctness"].tolist() == [1, 0]
@@ -707,17 +748,18 @@ def test_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"question": "a", "result": "1"}\n', "no column answer; there are: question, result"),
-        ('{"question": "a", "answer": "x"}\n' * 20, "too few rows of use"),
-        ('{"question": "a", "answer": "1"}\n{nonsense\n', "line 2 is not a JSON object"),
-        ("[1]\n", "line 1 is not a JSON object"),
+        ('{"question": "a", "result": "1"}\n', "more than half; the columns are question, result"),
+        ('{"question": "a", "answer": "x"}\n' * 20, "20 without a number as the answer (row 1, 2, 3)"),
+        ("[1]\n", "1 that are no JSON objects (row 1). That is more than half; the columns are unknown"),
+        ('{"question": "a", "answer": "1"}\n{no\n\xff\n', "2 that are no JSON in UTF-8 (row 2, 3)"),
+        ("", "too few rows of use"),
         ('{"question": "a", "answer": "1"}\n', "too few rows"),
         (None, "No such file"),
     ],
 )
 def test_bad_datasets_are_named(content, message, tmp_path):
     if content is None:
-        assert message in refusal(grpo.read_rows, str(tmp_path / "a.jsonl"))
+        assert message in refusal(lambda: [*grpo.read_rows(str(tmp_path / "a.jsonl"))])
     else:
         assert message in refusal(make_dataset, tmp_path, content)
 
@@ -735,8 +777,10 @@ def test_rows_of_no_use_are_dropped_and_counted(tmp_path, capsys):
     task = make_dataset(tmp_path, [*rows[:50], *bad, *rows[50:]])
     assert len(task.parts[True]) + len(task.parts[False]) == 100
     output = capsys.readouterr().out
-    assert "108 rows" in output and "4 without a usable prompt" in output
-    assert "3 without a number as the answer" in output and "1 too long for the context" in output
+    assert "Dropped of the 108 rows of" in output and "3 without text in question (row 51, 52, 53)" in output
+    assert "1 with a message that lacks a role or a content (row 54)" in output
+    assert "3 without a number as the answer (row 55, 56, 57)" in output
+    assert "1 too long for the context, or without any token (row 58)" in output
     problem = grpo.draw(task, 1, 0)
     assert problem["level"] == int(problem["answer"]) % 3  # other columns are there for rewards
 
@@ -744,19 +788,146 @@ def test_rows_of_no_use_are_dropped_and_counted(tmp_path, capsys):
 def test_conversations_are_taken_as_they_are(tmp_path):
     chat = [[{"role": "system", "content": "1+"}, {"role": "user", "content": f"{i}="}] for i in range(60)]
     rows = [{"question": messages, "answer": i + 1} for i, messages in enumerate(chat)]
-    task = make_dataset(tmp_path, rows, chat=True)
+    task = make_dataset(tmp_path, rows, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     problem = grpo.draw(task, 1, 5)
     i = int(problem["answer"]) - 1
-    assert problem["prompt"] == f"1+\n{i}=" and problem["question"] == chat[i]
+    assert problem["prompt"] == f"1+\n{i}=" and problem["messages"] == problem["question"] == chat[i]
     model = grpo.make_model(grpo.Arithmetic(), grpo.Args())
     model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert model.decode(grpo.encode_prompts(model, [problem], 9)) == [f"1+{i}="]
-    assert "too few rows of use" in refusal(make_dataset, tmp_path, rows)  # without a chat template
+    assert "60 that the chat template refuses (Cannot use" in refusal(make_dataset, tmp_path, rows)
+
+
+def test_an_evaluation_file_of_its_own(tmp_path):
+    """All rows of the dataset are learned from then, and all of the other file are held out."""
+    rows = [{"question": f"{i}=", "answer": i} for i in range(60)]
+    path = write_rows(tmp_path / "eval.jsonl", [{"question": "7+", "answer": 8}, {"question": "8+"}, rows[0]])
+    task = make_dataset(tmp_path, rows, eval_dataset=path)
+    assert len(task.parts[False]) == 60
+    found = [grpo.draw(task, 1, i, held_out=True) for i in range(2)]
+    assert [x["prompt"] for x in found] == ["7+", "0="] and len(task.parts[True]) == 2
+    path = write_rows(tmp_path / "eval.jsonl", [{"question": "7+"}, {"question": "8+"}, rows[0]])
+    message = refusal(make_dataset, tmp_path, rows, eval_dataset=path)
+    assert "eval.jsonl: 2 without a number" in message and "more than half" in message
+
+
+ROLES = "{% for m in messages %}{{ m['role'][0] }}({{ m['content'] }}){% endfor %}"
+
+
+def test_system_prompt_and_instruction(tmp_path):
+    """Text gets both, a conversation the system prompt, unless it has one; rewards see the row as it is."""
+    chats = [
+        [{"role": "user", "content": "55="}],
+        [{"role": "system", "content": "own"}, {"role": "user", "content": "66="}],
+    ]
+    rows = [{"question": f"{i}=", "answer": i, "hint": i * 2} for i in range(40)]
+    rows += [{"question": chat, "answer": 5 + i} for i, chat in enumerate(chats)]
+
+    def asked(prompt: str, **changes) -> tuple[dict, str]:
+        args = {"system_prompt": "add", "instruction": "now"} | changes
+        task = make_dataset(tmp_path, rows, template=ROLES, **args)
+        problem = next(x for x in problems_of(task) if x["prompt"] == prompt)
+        written = []
+        task.model.encode = lambda texts, special_tokens: written.extend(texts) or [[2]] * len(texts)
+        grpo.encode_prompts(task.model, [problem], 1)
+        return problem, written[0]
+
+    problem, text = asked("7=")
+    assert text == "s(add)u(7= now)" and problem["question"] == "7=" and problem["hint"] == 14
+    assert asked("7=", instruction="")[1] == "s(add)u(7=)"
+    assert asked("7=", system_prompt=None)[1] == "u(7= now)"
+    assert asked("7=", system_prompt=None, instruction=grpo.INSTRUCTION)[1] == f"u(7= {grpo.INSTRUCTION})"
+    assert asked("55=")[1] == "s(add)u(55=)" and asked("own\n66=")[1] == "s(own)u(66=)"
+    assert [chat[0]["role"] for chat in chats] == ["user", "system"]  # the rows are not changed
+    # Whether a problem is held out is a matter of its row.
+    tasks = [
+        make_dataset(tmp_path, rows, template=ROLES, **args)
+        for args in ({}, {"system_prompt": "add", "instruction": "now"})
+    ]
+    splits = [[x["prompt"] for x in problems_of(task)[-len(task.parts[True]) :]] for task in tasks]
+    assert splits[0] == splits[1] and splits[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", "(no system)"),
+        (None, "40 whose system prompt the chat template leaves out"),
+    ],
+)
+def test_a_system_prompt_that_does_not_arrive_is_named(template, message, tmp_path):
+    rows = [{"question": f"{i}=", "answer": i} for i in range(40)]
+    assert message in refusal(make_dataset, tmp_path, rows, template=template, system_prompt="add")
+
+
+def test_answers_for_rewards_of_ones_own(tmp_path, own_module):
+    """Any text arrives whole, and so does what is no text; a number as in GSM8K arrives alone."""
+    answers = ["Paris", "# A\n#### B and C", None, ["a", 1], "so 5\n#### 1,005", 7, True, "", {"a": "b"}]
+    rows = [{"question": f"{i}=", "answer": answers[i % 9], "level": i} for i in range(90)]
+    rows += [{"question": "no answer"}]
+    task = make_dataset(tmp_path, rows, reward=["digits:nothing=0", "digits:correctness"])
+    problems = problems_of(task)
+    assert len(problems) == 91
+    found = {x["prompt"]: x["answer"] for x in problems}
+    assert [found[f"{i}="] for i in range(9)] == answers[:4] + ["1,005", "7"] + answers[6:]
+    # A column that few rows have is there in all of them.
+    assert all(grpo.draw(task, 1, i).keys() >= {"level", "answer", "prompt"} for i in range(60))
+    assert "40 without a number" in refusal(
+        make_dataset, tmp_path, [row | {"answer": "Paris"} for row in rows[:40]]
+    )
+
+
+def test_columns_with_the_names_of_the_reward_are_left_out(tmp_path):
+    rows = [
+        {"question": f"{i}=", "answer": i, "completions": 1, "prompts": 2, "prompt": 3} for i in range(40)
+    ]
+    task = make_dataset(tmp_path, rows)
+    problem = grpo.draw(task, 1, 0)
+    right = f"<think></think><answer>{problem['answer']}</answer>"
+    assert grpo.score(task, [problem], [right])["correctness"].tolist() == [1]
+    assert problem["prompt"] == problem["question"]
+
+
+def test_datasets_of_the_hub_are_named_with_configuration_and_split(monkeypatch):
+    calls, rows = [], [{"question": "a", "answer": 1}]
+    hub = SimpleNamespace(load_dataset=lambda *words, split: calls.append((*words, split)) or rows)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    for name in ("a/b", "a/b:c", "a/b:c:test", "a/b::test"):
+        assert [*grpo.read_rows(name)] == rows
+    assert calls == [
+        ("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", "c", "test"), ("a/b", None, "test")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "size"), [(9000, 20), (1500, 400)])
+def test_a_dataset_takes_little_memory_and_is_read_in_parts(count, size, tmp_path):
+    """Peak of Python's memory; the tokenizer's is not in it."""
+    rng = random.Random(0)
+    rows = [{"question": "".join(rng.choices("0123456789+", k=size)), "answer": i} for i in range(count)]
+    path = Path(write_rows(tmp_path / "a.jsonl", rows))
+    args = grpo.Args(dataset=str(path), model="x", hidden_size=16, instruction="")
+    model = grpo.make_model(grpo.Arithmetic(), args)
+    rows = None
+    tracemalloc.start()
+    task = grpo.Dataset(grpo.make_task(args), model, args, MagicMock())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(map(len, task.parts.values())) == count
+    assert peak < 3 * path.stat().st_size + 2**20  # that of 100 rows and their tokens
+
+
+def test_huge_rows_are_dropped_without_being_tokenized(tmp_path, capsys):
+    rows = [{"question": f"{i}=", "answer": i} for i in range(40)]
+    begin = time.perf_counter()
+    task = make_dataset(tmp_path, [{"question": "1+" * 10**6, "answer": 1}, *rows])
+    assert time.perf_counter() - begin < 2 and sum(map(len, task.parts.values())) == 40
+    assert "1 too long for the context" in capsys.readouterr().out
 
 
 def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\n")
-    message = refusal(grpo.read_rows, str(tmp_path / "a.csv"))
+    message = refusal(lambda: [*grpo.read_rows(str(tmp_path / "a.csv"))])
     assert message.endswith("a.csv is none of .jsonl, .json and .parquet")
 
 
@@ -894,11 +1065,9 @@ def test_dataset_with_a_chat_template(finished_run, tmp_path):
     assert model.tokenizer.batch_decode(ids) == ["(12+3=)"] and model.eos_ids == {
         model.tokenizer.eos_token_id
     }
-    assert "too few rows of use" in refusal(
-        train, tmp_path, model=folder, **changes | {"max_completion_length": 1020}
-    )
+    message = refusal(train, tmp_path, model=folder, **changes | {"max_completion_length": 1020})
+    assert "100 too long for the context" in message and "more than half" in message
 
-    shutil.rmtree(folder)  # the run has a copy
     resume(run, "--max-steps", "3")
     assert grpo.load_checkpoint(run)["step"] == 3
 
@@ -1040,13 +1209,9 @@ def test_two_processes_take_the_step_of_one(finished_run, tmp_path):
 def test_warm_up_is_shared_by_processes(tmp_path):
     settings = TINY | {"sft_steps": 3, "max_steps": 1, "eval_interval": 0}
     one = train(tmp_path / "one", **settings)
-    command = [*TORCHRUN, "29518", str(REPOSITORY / SCRIPT), *flags(**settings, runs=tmp_path / "two")]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0
+    run_two_processes(SCRIPT, 29518, *flags(**settings, runs=tmp_path / "two"), cwd=tmp_path)
     (two,) = (tmp_path / "two").iterdir()
-    weights = [grpo.load_checkpoint(run)["reference"] for run in (one, two)]
+    weights = [grpo.Transformer.from_pretrained(run / "reference").state_dict() for run in (one, two)]
     for name, x in weights[0].items():
         torch.testing.assert_close(x, weights[1][name], atol=1e-4, rtol=1e-4)
 
@@ -1068,8 +1233,8 @@ def test_step_without_any_advantage_moves_nothing(finished_run, tmp_path, capsys
     model = str(finished_run / "model")
     run = train(tmp_path, model=model, temperature=1e-4, max_steps=2)
     assert "nothing to learn from" in capsys.readouterr().out
-    state = grpo.load_checkpoint(run)
-    assert all(torch.equal(x, state["reference"][name]) for name, x in state["model"].items())
+    before = grpo.Transformer.from_pretrained(model).state_dict()
+    assert all(torch.equal(x, before[name]) for name, x in grpo.load_checkpoint(run)["model"].items())
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(finished_run, tmp_path):
@@ -1110,6 +1275,10 @@ Path("imported").touch()
 
 def part_of_digits(completions, **_):
     return [sum(map(str.isdigit, completion)) / 8 for completion in completions]
+
+
+def correctness(prompts, completions, answer, **_):
+    return [float(completion == right) for completion, right in zip(completions, answer)]
 
 
 def nothing(completions, **_):

@@ -169,7 +169,8 @@ def test_logged_metrics_are_documented(name: str, tmp_path: Path, monkeypatch: p
 def test_flags_and_defaults_are_documented(name: str):
     table = PAGES[name].split("\n## Flags\n")[1].split("\n## ")[0]
     rows = "".join(line for line in table.splitlines() if line.startswith("|"))
-    documented = dict(re.findall(r"`--([\w-]+)`(?: \(([^,)]+))?", rows))
+    found = re.findall(r"`--([\w-]+)`(?: \((?:`([^`]+)`|([^,)]+)))?", rows)
+    documented = {name: quoted or plain for name, quoted, plain in found}
     for field in dataclasses.fields(SCRIPTS[name].Args):
         text, default = documented[field.name.replace("_", "-")], field.default
         if default is dataclasses.MISSING:  # a list, empty by default
