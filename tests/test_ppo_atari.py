@@ -509,7 +509,7 @@ def reference_step(agent: ppo.Agent, optimizer, args: ppo.Args, minibatch: ppo.B
 def test_update_is_the_textbook_step(max_grad_norm):
     args, agent = update_args(max_grad_norm=max_grad_norm), make_agent()
     reference = copy.deepcopy(agent)
-    optimizer = ppo.Adam(agent.parameters(), args.learning_rate)
+    optimizer = ppo.Adam(agent.parameters(), args.learning_rate, eps=1e-5)
     # The coefficients are those of each call.
     others = {"clip_coef": 0.5, "ent_coef": 0.5, "vf_coef": 0.1}
     update = ppo.make_update(agent, optimizer, dataclasses.replace(args, **others))
