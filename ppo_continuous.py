@@ -52,9 +52,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # Run
-    env_id: str = (
-        "HalfCheetah-v5"  # Gymnasium environment with a Box of actions; module:Name-v0 imports module
-    )
+    env_id: str = "HalfCheetah-v5"  # of Gymnasium, with a Box of actions; module:Name-v0 imports module first
     seed: int = 1  # seed of the environments, the networks and the sampling
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole iterations
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # of the networks; auto: the CPU, faster here

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import frontier, speed
+from benchmark import ablated, frontier, speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import COLORS, draw_run, save
 from benchmark.manifest import available_cores
@@ -367,3 +368,26 @@ def test_command_line_says_what_is_wrong() -> None:
         command = [sys.executable, "-m", "benchmark", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["staggered-starts", "small-epsilon", "normalised-observations", "scaled-rewards"]
+)
+def test_ablated_script_lacks_one_detail(name, tmp_path, monkeypatch):
+    ppo = ablated.ppo
+    for replaced in ("Environments", "Adam", "Agent"):
+        monkeypatch.setattr(ppo, replaced, getattr(ppo, replaced))  # restores what main replaces
+    flags = "--env-id Pendulum-v1 --num-envs 2 --num-steps 8 --num-minibatches 2 --total-timesteps 16".split()
+    flags += ["--eval-interval", "0", "--no-compile", "--runs", str(tmp_path)]
+    run = ablated.main([*flags, "--without", name])  # where the harness puts the flags of a variant
+    state = ppo.load_checkpoint(run)
+    assert (state["envs"]["limits"].unique().tolist() == [200]) == (name == "staggered-starts")
+    assert (state["agent"]["observation_statistics.count"] == 0) == (name == "normalised-observations")
+    assert (state["agent"]["return_statistics.count"] == 0) == (name == "scaled-rewards")
+    assert (ppo.Adam([torch.zeros(1)], 1e-3).eps == 1e-5) == (name == "small-epsilon")
+
+
+def test_unknown_detail_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablated.main(["--without", "luck"])
+    assert "staggered-starts" in capsys.readouterr().err

@@ -707,6 +707,23 @@ def test_update_is_given_what_the_definitions_say(
         assert curves["losses/epochs"][step] == 2
 
 
+def test_size_of_the_rewards_does_not_matter(tmp_path, monkeypatch):
+    """What the first update learns from is the same if all rewards are 10,000 times as large."""
+    seen, step = [], ppo.Environments.step
+    for factor in (1, 10_000):
+
+        def scaled_step(self, actions, factor=factor):
+            observations, rewards, terminated, done = step(self, actions)
+            return observations, factor * rewards, terminated, done
+
+        monkeypatch.setattr(ppo.Environments, "step", scaled_step)
+        recorder = Recorder(monkeypatch)
+        train_stub(tmp_path / str(factor), total_timesteps=24)
+        seen.append(recorder.calls[0][1])
+    torch.testing.assert_close(seen[0].advantages, seen[1].advantages, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0].returns, seen[1].returns, rtol=1e-4, atol=1e-4)
+
+
 def test_target_kl_looks_at_the_mean_of_a_whole_epoch(tmp_path, monkeypatch):
     """1.5 x 0.02 is kept by the first epoch and not by the second; their last minibatches say otherwise."""
     kl = [0, 0, 0, 0.119] + [0.06, 0.07, 0, 0] + [0] * 8

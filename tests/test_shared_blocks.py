@@ -22,7 +22,7 @@ LINES = {
     "dpo_llm.py": (431, 2036),
     "grpo_llm.py": (608, 2090),
     "ppo_atari.py": (361, 1175),
-    "ppo_continuous.py": (340, 1097),
+    "ppo_continuous.py": (338, 1095),
     "ppo_discrete.py": (306, 1055),
     "reinforce.py": (364, 1000),
     "trpo_mujoco.py": (415, 1172),
