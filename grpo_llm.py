@@ -422,7 +422,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # (B,)
     mask: Tensor  # (B, C), True on the tokens in the loss
     sampler_log_probs: Tensor  # (B, C)
-    old_log_probs: Tensor  # (B, C), those of the sampler, since it was the policy that acted, but with gspo
+    old_log_probs: Tensor  # (B, C), of the sampler; with gspo of the trainer (make_minibatches)
     reference_log_probs: Tensor | None  # (B, C)
 
     def select(self, rows: Tensor) -> Batch:
