@@ -24,9 +24,6 @@ model (Llama, Qwen2 or Qwen3) on your preferences. Watch `eval/true_reward` and 
 Beyond the paper, the loss of DPO has 0.1 times the negative log-likelihood of the chosen completion (Pang et
 al. 2024): without it the policy ends twice as far from the reference, with no higher reward. AdamW replaces
 RMSprop.
-
-The algorithm comes first. The plumbing follows `train`; from the model on it is the same in all scripts for
-language models.
 """
 
 from __future__ import annotations
@@ -1429,7 +1426,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     add_adapters(model, args, run)
     optimizer.state.clear()  # the training begins with a new optimizer
     group |= {"params": [*model.parameters()], "weight_decay": 0.0}
-    run.save("checkpoint.pt")
+    run.save()
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1574,7 +1571,7 @@ class Run:
             self.elapsed += self.seconds  # of what was prepared
             if args.eval_interval or args.evaluate:
                 self.evaluate()
-            self.save("checkpoint.pt")
+            self.save()
         if args.evaluate:
             return
         # disable=None: shown on a terminal only
@@ -1582,7 +1579,7 @@ class Run:
         self.progress = tqdm(**progress, disable=True if self.rank else None)
         while self.step < end:
             if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
-                self.save("checkpoint.pt")
+                self.save()
                 raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
             self.last_step, self.started = self.step, time.perf_counter()
             self.step += 1
@@ -1594,7 +1591,7 @@ class Run:
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
             if evaluation and last or due or minutes > args.checkpoint_minutes:
-                self.save("checkpoint.pt")
+                self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
@@ -1654,11 +1651,8 @@ class Run:
         write_file(self.path / "samples.jsonl", text)
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
 
-    def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
-            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
-            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+    def save(self) -> None:
+        """Saves everything that has state under its name."""
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
@@ -1668,7 +1662,7 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
-        save_checkpoint(self.path / name, state)
+        save_checkpoint(self.path / "checkpoint.pt", state)
         self.saved_at = time.perf_counter()
 
     def export(self) -> None:
@@ -1718,8 +1712,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------ files

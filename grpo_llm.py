@@ -616,9 +616,6 @@ def check(args: Args) -> None:
     width, heads = args.hidden_size, 2 * args.num_heads
     if width % heads:
         raise ValueError(f"hidden_size = {width} must be a multiple of 2 x num_heads = {heads}")
-    prompts, minibatches = args.num_prompts, args.num_minibatches
-    if prompts % minibatches:
-        raise ValueError(f"num_minibatches = {minibatches} must divide num_prompts = {prompts}")
     if args.ref_model_sync_steps and args.lora_rank:
         raise ValueError("with lora_rank the reference cannot change: ref_model_sync_steps must be 0")
     if args.export == "adapters" and not args.lora_rank:
@@ -1494,7 +1491,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     add_adapters(model, args, run)
     optimizer.state.clear()  # the training begins with a new optimizer
     group |= {"params": [*model.parameters()], "weight_decay": 0.0}
-    run.save("checkpoint.pt")
+    run.save()
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1639,7 +1636,7 @@ class Run:
             self.elapsed += self.seconds  # of what was prepared
             if args.eval_interval or args.evaluate:
                 self.evaluate()
-            self.save("checkpoint.pt")
+            self.save()
         if args.evaluate:
             return
         # disable=None: shown on a terminal only
@@ -1647,7 +1644,7 @@ class Run:
         self.progress = tqdm(**progress, disable=True if self.rank else None)
         while self.step < end:
             if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
-                self.save("checkpoint.pt")
+                self.save()
                 raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
             self.last_step, self.started = self.step, time.perf_counter()
             self.step += 1
@@ -1659,7 +1656,7 @@ class Run:
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
             if evaluation and last or due or minutes > args.checkpoint_minutes:
-                self.save("checkpoint.pt")
+                self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
@@ -1719,11 +1716,8 @@ class Run:
         write_file(self.path / "samples.jsonl", text)
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
 
-    def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
-            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
-            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+    def save(self) -> None:
+        """Saves everything that has state under its name."""
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
@@ -1733,7 +1727,7 @@ class Run:
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
-        save_checkpoint(self.path / name, state)
+        save_checkpoint(self.path / "checkpoint.pt", state)
         self.saved_at = time.perf_counter()
 
     def export(self) -> None:
@@ -1783,8 +1777,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -950,7 +950,6 @@ def test_a_file_of_another_kind_is_no_dataset_of_the_hub(tmp_path):
     [
         ({"max_steps": 0}, "max_steps must lie in [1, inf), got 0"),
         ({"num_generations": 1}, "num_generations must lie in [2, inf), got 1"),
-        ({"num_prompts": 6, "num_minibatches": 4}, "num_minibatches = 4 must divide num_prompts = 6"),
         ({"micro_batch_size": 0}, "micro_batch_size must lie in [1, inf)"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size = 100 must be a multiple of 2 x num_heads = 6"),
         ({"learning_rate": math.nan}, "learning_rate must lie in (0, inf), got nan"),
@@ -980,6 +979,11 @@ def test_bad_arguments_are_named(changes, message):
 def test_flags_of_a_dataset_that_lack_one_are_named(changes, message, tmp_path):
     assert message in refusal(train, tmp_path, **changes)
     assert not [*tmp_path.iterdir()]
+
+
+def test_minibatches_divide_the_prompts(tmp_path):
+    message = refusal(train, tmp_path, num_prompts=6, num_minibatches=4)
+    assert "num_prompts = 6 must be a multiple of 1 processes x 4 minibatches" in message
 
 
 def test_an_evaluation_file_needs_a_run_with_a_dataset(finished_run):
