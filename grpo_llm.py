@@ -1715,6 +1715,11 @@ class Run:
         text = "".join(line + "\n" for lines in self.samples.values() for line in lines)
         write_file(self.path / "samples.jsonl", text)
         self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
+        if self.wandb:
+            import wandb
+
+            table = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
+            self.wandb.log({"samples": table}, step=self.step - self.first_step)
 
     def save(self) -> None:
         """Saves everything that has state under its name."""
