@@ -1381,7 +1381,7 @@ def test_interrupted_run_over_several_passes(saved_model, tmp_path, monkeypatch,
     assert_same_run(run, reference)
 
 
-@pytest.mark.parametrize("stage", ["warm_up", "sample_pairs", "add_reference"])
+@pytest.mark.parametrize("stage", ["warm_up", "sample_pairs", "add_reference", "take_step"])
 def test_run_stopped_before_its_first_step(stage, finished_run, tmp_path, monkeypatch):
     """The end of the warm-up is saved, so that what follows it does not cost it."""
     with monkeypatch.context() as patch:
