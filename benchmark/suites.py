@@ -297,6 +297,17 @@ SUITES: dict[str, list[Task]] = {
         for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
     ],
     "pendulum": [Task("ppo_continuous.py", "Pendulum-v1", 300_000, references=(cleanrl(-1142.0, "8M"),))],
+    # Tasks on which no setting of ppo_continuous.py was tuned; those of Box2D need gymnasium[box2d].
+    "untuned": [
+        Task("ppo_continuous.py", environment, 1_000_000)
+        for environment in (
+            "BipedalWalker-v3",
+            "LunarLanderContinuous-v3",
+            "MountainCarContinuous-v0",
+            "Pusher-v5",
+            "HumanoidStandup-v5",
+        )
+    ],
     "trpo": [trpo(environment) for environment in TRPO_MUJOCO],
     "swimmer": [
         Task(
