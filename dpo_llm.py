@@ -24,24 +24,18 @@ model (Llama, Qwen2 or Qwen3) on your preferences. Watch `eval/true_reward` and 
 Beyond the paper, the loss of DPO has 0.1 times the negative log-likelihood of the chosen completion (Pang et
 al. 2024): without it the policy ends twice as far from the reference, with no higher reward. AdamW replaces
 RMSprop.
-
-The algorithm comes first. The plumbing follows `train`; from the model on it is the same in all scripts for
-language models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -62,7 +56,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -88,7 +81,7 @@ class Args:
     label_noise: float = 0.1  # probability that the worse completion of a pair is labelled as chosen
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral or Qwen; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
@@ -458,10 +451,6 @@ def check(args: Args) -> None:
         raise ValueError(f"sft_coef belongs to the losses of pairs, not to {args.loss}")
     if args.export == "adapters" and not args.lora_rank:
         raise ValueError("without lora_rank there are no adapters to export")
-    if args.dataset and not (args.model or args.resume or args.evaluate):
-        raise ValueError("a dataset needs a model that has learned to read: give --model too")
-    if args.eval_dataset and not (args.dataset or args.resume or args.evaluate):
-        raise ValueError("eval_dataset belongs to a dataset: give --dataset too")
     if args.dataset and args.reward:
         raise ValueError("a reward judges the completions of a task, and a dataset has none")
 
@@ -510,19 +499,19 @@ def mismatch(sequences: list[Sequence], limit: int) -> list[Sequence]:
 
 
 class ParsedRow(NamedTuple):
-    """The completions of a row after their prompt, as text."""
+    """The completions of a row after their prompt, in tokens."""
 
-    form: tuple[type, int]  # str or, for messages, list; how many completions there are
     held_out: bool
     sequences: list[Sequence]  # of a pair, the chosen one comes first
     labels: list[bool]
 
 
-def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
-    """Reads a pair, or a completion with its label; raises ValueError if the row is of no use.
+def parse_row(row: dict, model: Transformer, limit: int, args: Args) -> ParsedRow:
+    """A pair, or a completion with its label, of `limit` tokens; ValueError if the row is of no use.
 
     Prompt and completion are both text, or both messages. Of these the last one is the completion, whichever
-    column the others stand in.
+    column the others stand in. They are tokenized apart, so that no token spans both. A text gets the token
+    that ends it; a conversation is closed by the chat template.
     """
     columns, labels, found = [args.chosen_column, args.rejected_column], [True, False], []
     if not any(column in row for column in columns):
@@ -545,17 +534,27 @@ def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
         found.append(Sequence(prompt, completion))
     if found[0].prompt != prompt:
         raise ValueError(f"whose {columns[0]} and {columns[1]} answer different prompts")
-    form, held_out = (type(prompt), len(found)), row.get("held_out")
+    held_out, is_text, end = row.get("held_out"), isinstance(prompt, str), model.tokenizer.eos_token_id
     if not isinstance(held_out, bool):
         # A matter of the prompt itself: a template may add today's date.
-        held_out = is_held_out(prompt if isinstance(prompt, str) else json.dumps(prompt))
-    if isinstance(prompt, list):
+        held_out = is_held_out(prompt if is_text else json.dumps(prompt))
+    if not is_text:
         found = [render(model, messages) for messages in found]
-    elif model.tokenizer.eos_token_id is None:
+    elif end is None:
         raise ValueError("of text, while the tokenizer has no token that ends a text")
-    if sum(map(len, sum(found, ()))) > 100 * model.config["max_position_embeddings"]:
+    if sum(map(len, sum(found, ()))) > 100 * limit:
         raise ValueError("longer than the limit")  # to read it would take minutes
-    return ParsedRow(form, held_out, found, [*map(bool, labels)])
+    (prompt,) = model.encode([found[0].prompt], special_tokens=is_text)
+    completions = model.encode([x.completion for x in found], special_tokens=False)
+    # Arrays: a list of Python's integers takes nine times the memory.
+    prompt, completions = array("i", prompt), [array("i", x + [end] * is_text) for x in completions]
+    if not prompt or not all(completions):
+        raise ValueError("without any token in the prompt or a completion")
+    if len(prompt) + max(map(len, completions)) > limit:
+        raise ValueError("longer than the limit")
+    if len(completions) == 2 and completions[0] == completions[1]:
+        raise ValueError("with chosen equal to rejected")
+    return ParsedRow(held_out, [Sequence(prompt, x) for x in completions], [*map(bool, labels)])
 
 
 def check_text(value: object, column: str) -> None:
@@ -588,90 +587,50 @@ def render(model: Transformer, messages: Sequence) -> Sequence:
 
 
 def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> tuple[Data, Data]:
-    """The training part and the held-out tenth of a file in tokens, or the whole file and --eval-dataset.
-
-    Prompt and completion are tokenized apart, so that no token spans both. A completion that is text gets the
-    token that ends it; in a conversation, the chat template closes it.
-    """
-    form, context, parts = None, model.config["max_position_embeddings"], (([], []), ([], []))
+    """The training part and the held-out tenth of a dataset, or the whole of it and --eval-dataset."""
+    context, parts, data = model.config["max_position_embeddings"], ([], []), []
     limit = min(args.max_length or context, context)
+    parse = partial(parse_row, model=model, limit=limit, args=args)
     for name, file in {"dataset": source, "eval_dataset": args.eval_dataset}.items():
-        rows = Rows(file)
-        for chunk in rows.chunks(partial(parse_row, model=model, args=args)):
-            form = form or next((row.form for _, row in chunk), None)
-            end = [model.tokenizer.eos_token_id] if form and form[0] is str else []
-            prompts = [row.sequences[0].prompt for _, row in chunk]
-            prompts = model.encode(prompts, special_tokens=bool(end))
-            completions = [x.completion for _, row in chunk for x in row.sequences]
-            completions = iter(model.encode(completions, special_tokens=False))
-            for (number, row), prompt in zip(chunk, prompts):
-                # Arrays: a list of Python's integers takes nine times the memory.
-                prompt, found = array("i", prompt), [array("i", next(completions) + end) for _ in row.labels]
-                held_out = name != "dataset" or (row.held_out and not args.eval_dataset)
-                sequences, labels = parts[held_out]
-                if row.form != form:
-                    rows.dropped["of another form than the first"].append(number)
-                elif not prompt or not all(found):
-                    rows.dropped["without any token in the prompt or a completion"].append(number)
-                elif len(prompt) + max(map(len, found)) > limit:
-                    rows.dropped["longer than the limit"].append(number)
-                elif len(found) == 2 and found[0] == found[1]:
-                    rows.dropped["with chosen equal to rejected"].append(number)
-                elif not held_out or len(labels) < len(found) * args.eval_prompts:  # no more are evaluated
-                    sequences.extend(Sequence(prompt, completion) for completion in found)
-                    labels.extend(row.labels)
-        run.identify(name, rows.source, rows.checksum)
-    if not all(labels for _, labels in parts):
+        for row in parse_rows(name, file, parse, run):
+            held_out = name != "dataset" or (row.held_out and not args.eval_dataset)
+            if not held_out or len(parts[1]) < args.eval_prompts:  # no more are evaluated
+                parts[held_out].append(row)
+    if not all(parts):
         raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
-    data = []
-    for sequences, labels in parts:
-        tensors = torch.tensor(labels), torch.zeros(len(labels)), torch.zeros(len(labels))
+    for rows in parts:
+        sequences = [x for row in rows for x in row.sequences]
         mismatched = mismatch(sequences, limit) if args.loss == "kto" else sequences  # else not used
-        data.append(Data(form[1] == 2, sequences, mismatched, *tensors))
+        labels = torch.tensor([label for row in rows for label in row.labels])
+        paired = all(len(row.labels) == 2 for row in rows)
+        data.append(Data(paired, sequences, mismatched, labels, *torch.zeros(2, len(labels))))
     return tuple(data)
 
 
 def load_preferences(reference: Transformer, task, args: Args, run: Run) -> tuple[Data, Data]:
     """The training and the held-out part of the dataset, or of pairs sampled from the reference."""
-    source = args.dataset or run.path / "pairs.jsonl"
+    source, known = args.dataset or run.path / "pairs.jsonl", run.path / "reference_log_probs.pt"
     if task and run.rank == 0 and not source.exists():
         pairs = sample_pairs(reference, task, args)
         write_file(source, "".join(json.dumps(pair) + "\n" for pair in pairs))
     wait_for_ranks()  # until the file is there
-    parts = load_data(source, reference, args, run)
-    for part in parts if args.has_reference else ():
-        add_reference(reference, part, args)
-    return parts
+    train, held_out = load_data(source, reference, args, run)
+    if args.has_reference:
+        add_reference(reference, held_out, args)
+        if run.checkpoint and known.exists():  # of the same model and rows, so nothing is computed again
+            train.reference, train.mismatched_reference = torch.load(known, weights_only=True)["log_probs"]
+        elif not args.evaluate:
+            add_reference(reference, train, args)
+            if run.rank == 0:
+                write_file(known, {"log_probs": [train.reference, train.mismatched_reference]})
+    return train, held_out
 
 
 def add_reference(reference: Transformer, data: Data, args: Args) -> None:
-    """Adds log-probabilities of the reference, from a file named after a checksum of what decides them."""
-    mismatched = data.mismatched if args.loss == "kto" else []
-    key = hashlib.sha256(json.dumps([str(reference.dtype), reference.config]).encode())
-    for name, x in (*reference.named_parameters(), *reference.named_buffers()):
-        if "lora_" not in name:
-            key.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
-    for prompt, completion in itertools.chain(data.sequences, mismatched):
-        key.update(array("i", [*prompt, -1, *completion, -1]))
-    path = Path(args.runs) / "reference_log_probs" / f"{key.hexdigest()[:32]}.safetensors"
-    try:
-        found = load_file(path)
-    except Exception:  # missing or damaged: they are computed in both cases
-        found = None
-    # All processes compute, or none does.
-    if sum_over_ranks(torch.tensor(float(found is None), device=reference.device)):
-        parts = {"log_probs": data.sequences} | ({"mismatched": mismatched} if mismatched else {})
-        found = {name: all_log_probs(reference, sequences, args) for name, sequences in parts.items()}
-        try:
-            if rank_and_world()[0] == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}")
-                save_file(found, temporary)
-                os.replace(temporary, path)
-        except Exception as error:  # safetensors has an exception of its own for a full disk
-            say(f"Warning: cannot keep the log-probabilities of the reference: {error}")
-    data.reference = found["log_probs"]
-    data.mismatched_reference = found.get("mismatched", data.mismatched_reference)
+    """Adds log-probabilities under the reference; those of mismatched rows with KTO only."""
+    data.reference = all_log_probs(reference, data.sequences, args)
+    if args.loss == "kto":
+        data.mismatched_reference = all_log_probs(reference, data.mismatched, args)
 
 
 @torch.no_grad()
@@ -803,12 +762,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict, index: int):
+    def __init__(self, config: dict):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
+        self.head_dim = D
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -831,9 +790,7 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        if self.rotates:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.type_as(v), k.type_as(v)
+        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -854,15 +811,14 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3"]):
             raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
         window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
         if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        layers = range(config["num_hidden_layers"])
-        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
+        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -944,10 +900,8 @@ class Transformer(nn.Module):
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
-                    for name in tensors.keys():
-                        x = tensors.get_tensor(name)
-                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
+                for name, x in load_file(file).items():  # which leaves them on the disk until they are copied
+                    weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
             if not weights:
                 raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
             weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
@@ -1042,11 +996,8 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
 
 def fingerprint(model: Transformer) -> int:
     """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
-    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
-    for name, x in model.state_dict().items():
-        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
-        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
-    return checksum
+    weights = [(name, list(x.shape), x.flatten()[:1000].tolist()) for name, x in model.state_dict().items()]
+    return zlib.crc32(json.dumps([model.tokenizer.chat_template, weights]).encode())
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
@@ -1475,7 +1426,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     add_adapters(model, args, run)
     optimizer.state.clear()  # the training begins with a new optimizer
     group |= {"params": [*model.parameters()], "weight_decay": 0.0}
-    run.save("checkpoint.pt")
+    run.save()
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1516,9 +1467,8 @@ class Run:
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device, self.state = args, device, {}
-        self.rank, path = rank_and_world()[0], [None]
-        if self.rank == 0:
-            path = [make_directory(args)]
+        self.rank = rank_and_world()[0]
+        path = [None if self.rank else make_directory(args)]
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
@@ -1542,6 +1492,7 @@ class Run:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
         self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
         self.fingerprints = self.checkpoint.get("fingerprints", {})
+        self.samples = self.checkpoint.get("samples", {})  # of each evaluation, by its step, as JSON
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1620,7 +1571,7 @@ class Run:
             self.elapsed += self.seconds  # of what was prepared
             if args.eval_interval or args.evaluate:
                 self.evaluate()
-            self.save("checkpoint.pt")
+            self.save()
         if args.evaluate:
             return
         # disable=None: shown on a terminal only
@@ -1628,7 +1579,7 @@ class Run:
         self.progress = tqdm(**progress, disable=True if self.rank else None)
         while self.step < end:
             if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
-                self.save("checkpoint.pt")
+                self.save()
                 raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
             self.last_step, self.started = self.step, time.perf_counter()
             self.step += 1
@@ -1640,7 +1591,7 @@ class Run:
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
             if evaluation and last or due or minutes > args.checkpoint_minutes:
-                self.save("checkpoint.pt")
+                self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
@@ -1695,53 +1646,38 @@ class Run:
         self.write({f"eval/{name}": x for name, x in metrics.items()})
         if self.rank:
             return
-        rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        text = file.read_text(errors="replace") if file.exists() else ""
-        # Of the samples in the file, those of earlier steps, whole lines only.
-        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
-        old = [line for line, step in found if int(step) < self.step]
-        new = [json.dumps(row) for row in rows]
-        write_file(file, "".join(line + "\n" for line in old + new))
-        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
+        self.samples[self.step] = lines = [json.dumps({"step": self.step, **sample}) for sample in samples]
+        text = "".join(line + "\n" for lines in self.samples.values() for line in lines)
+        write_file(self.path / "samples.jsonl", text)
+        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
         if self.wandb:
             import wandb
 
-            table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+            table = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
             self.wandb.log({"samples": table}, step=self.step - self.first_step)
 
-    def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
-            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
-            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+    def save(self) -> None:
+        """Saves everything that has state under its name."""
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
-        state |= {"fingerprints": self.fingerprints}
+        state |= {"fingerprints": self.fingerprints, "samples": self.samples}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
-        save_checkpoint(self.path / name, state)
+        save_checkpoint(self.path / "checkpoint.pt", state)
         self.saved_at = time.perf_counter()
 
     def export(self) -> None:
         """Writes the model, or its adapters, with a model card."""
-        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
-        for name, x in self.arguments.items():
-            flag = name.replace("_", "-")
-            if x != getattr(Args(), name) and isinstance(x, bool):
-                words.append(f"--{flag}" if x else f"--no-{flag}")
-            elif x != getattr(Args(), name):
-                values = x if isinstance(x, list) else [x]
-                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
-        rows += [f"| {name} | {x} |" for name, x in versions.items()]
+        args, model = self.args, self.state["model"]
+        changed = {name: x for name, x in self.arguments.items() if x != getattr(Args(), name)}
+        notes = {"script": Path(__file__).name, "arguments": changed, "evaluation": self.metrics}
+        notes |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
-        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
-        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+        card += f"```json\n{json.dumps(notes, indent=2)}\n```\n"
 
         def write(path: Path) -> None:
             save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
@@ -1781,8 +1717,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -1791,7 +1726,7 @@ FORMAT = 2  # of a checkpoint
 
 
 def read_rows(source: str) -> Iterator[bytes | dict]:
-    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    """The rows of a dataset: a Parquet file, a JSON array, an id on the hub; of JSONL they are lines."""
     path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
@@ -1801,6 +1736,8 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
 
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
                 yield from batch.to_pylist()
+        elif path.suffix == ".json" and path.read_bytes().lstrip().startswith(b"["):
+            yield from json.loads(path.read_bytes())
         elif path.suffix in (".json", ".jsonl"):
             with path.open("rb") as file:
                 yield from (line for line in file if line.strip())
@@ -1811,39 +1748,34 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
             yield from datasets.load_dataset(name, configuration or None, split=split or "train")
 
 
-class Rows:
-    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+def parse_rows(name: str, source: str | Path | None, parse: Callable[[dict], object], run: Run) -> Iterator:
+    """Yields parse(row) for the rows of a dataset; those for which it raises ValueError are dropped and told.
 
-    def __init__(self, source: str | Path | None):
-        self.source, self.checksum, self.columns = source, 0, {}
-        self.dropped = defaultdict(list)  # row numbers by reason
-
-    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
-        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
-        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
-        while chunk := list(itertools.islice(rows, 100)):
-            parsed, count = [], count + len(chunk)
-            for number, row in chunk:
-                try:
-                    row = json.loads(row) if isinstance(row, bytes) else row
-                    if not isinstance(row, dict):
-                        raise ValueError("that are no JSON objects")
-                    self.columns |= dict.fromkeys(row)
-                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
-                    self.checksum = zlib.crc32(text, self.checksum)
-                    parsed.append((number, parse(row)))
-                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
-                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
-                    self.dropped[reason].append(number)
+    The run ends if they are more than half, or if the rows are not those that it began with.
+    """
+    dropped, columns, count, checksum = defaultdict(list), {}, 0, 0
+    for count, row in enumerate(read_rows(str(source)) if source else (), 1):
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            if not isinstance(row, dict):
+                raise ValueError("that are no JSON objects")
+            columns |= dict.fromkeys(row)
+            checksum = zlib.crc32(json.dumps(row, ensure_ascii=False, default=str).encode(), checksum)
+            parsed = parse(row)
+        except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+            reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+            dropped[reason].append(count)
+        else:
             yield parsed
-        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
-        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
-        if sum(map(len, self.dropped.values())) > count / 2:
-            columns = ", ".join(self.columns) or "unknown"
-            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
-        if dropped:
-            say(line)
+    if dropped:
+        items = sorted(dropped.items(), key=lambda item: -len(item[1]))[:9]
+        reasons = [f"{len(rows):,} {reason} (row {str(rows[:3])[1:-1]})" for reason, rows in items]
+        line = f"Dropped of the {count:,} rows of {source}: {'; '.join(reasons)}"
+        if sum(map(len, dropped.values())) > count / 2:
+            found = ", ".join(columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {found}")
+        say(line)
+    run.identify(name, source, checksum)
 
 
 def make_directory(args: Args) -> Path:
@@ -1993,6 +1925,10 @@ def prepare(args: Args) -> torch.device:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if args.device == "cuda" and not cuda:
         raise SystemExit("PyTorch finds no cuda device here; use --device auto")
+    if args.dataset and not args.model:
+        raise SystemExit("A dataset needs a model that has learned to read: give --model too")
+    if args.eval_dataset and not args.dataset:
+        raise SystemExit("eval_dataset belongs to a dataset: give --dataset too")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:

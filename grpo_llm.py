@@ -31,14 +31,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import pickle
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -59,8 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -85,7 +82,7 @@ class Args:
     instruction: str = INSTRUCTION  # follows prompts of the dataset that are text, for models that chat
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral or Qwen; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
@@ -152,11 +149,7 @@ class Args:
     def clip_range(self) -> tuple[float, float]:
         """eps and eps' of the loss."""
         low, high = CLIP_RANGES[self.loss]
-        if self.epsilon is not None:
-            low = self.epsilon
-        if self.epsilon_high is not None:
-            high = self.epsilon_high
-        return low, high
+        return self.epsilon or low, self.epsilon_high or high
 
 
 # ------------------------------------------------------------------------------------- advantages and losses
@@ -265,17 +258,11 @@ def policy_loss(
 
 def tagged_answer(completion: str) -> str | None:
     """The answer of <think>...</think><answer>...</answer>, or None if the completion is anything else."""
-    if len(completion) > 100_000:
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    if len(completion) > 100_000 or any(completion.count(tag) != 1 for tag in tags):
         return None
-    text = completion.strip()
-    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-        if text.count(tag) != 1:
-            return None
-    thought, _, answer = text.partition("</think>")
-    answer = answer.strip()
-    if thought.startswith("<think>") and answer.startswith("<answer>") and answer.endswith("</answer>"):
-        return answer.removeprefix("<answer>").removesuffix("</answer>").strip()
-    return None
+    found = re.fullmatch(r"<think>.*</think>\s*<answer>(.*)</answer>", completion.strip(), re.DOTALL)
+    return found and found[1].strip()
 
 
 NUMBER = r"(?:\$-|-?\$?)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/0*[1-9]\d*)?|\.\d+)%?"
@@ -629,17 +616,10 @@ def check(args: Args) -> None:
     width, heads = args.hidden_size, 2 * args.num_heads
     if width % heads:
         raise ValueError(f"hidden_size = {width} must be a multiple of 2 x num_heads = {heads}")
-    prompts, minibatches = args.num_prompts, args.num_minibatches
-    if prompts % minibatches:
-        raise ValueError(f"num_minibatches = {minibatches} must divide num_prompts = {prompts}")
     if args.ref_model_sync_steps and args.lora_rank:
         raise ValueError("with lora_rank the reference cannot change: ref_model_sync_steps must be 0")
     if args.export == "adapters" and not args.lora_rank:
         raise ValueError("without lora_rank there are no adapters to export")
-    if args.dataset and not (args.model or args.resume or args.evaluate):  # which have a model
-        raise ValueError("a dataset needs a model that has learned to read: give --model too")
-    if (args.eval_dataset or args.system_prompt) and not (args.dataset or args.resume or args.evaluate):
-        raise ValueError("eval_dataset and system_prompt belong to a dataset: give --dataset too")
 
 
 def check_limits(args: Args) -> None:
@@ -668,27 +648,17 @@ class Dataset:
         self.model, self.args, self.rewards = model, args, task.rewards
         self.wants_number = any(function is number_reward for function, _ in task.rewards.values())
         self.lenient = getattr(task, "lenient", None) if self.wants_number else None
-        room = model.config["max_position_embeddings"]
-        room -= args.max_completion_length or self.max_completion_length
-        for name in ("dataset", "eval_dataset"):
-            rows = Rows(getattr(args, name))
-            for chunk in rows.chunks(lambda row: (row, *self.parse(row))):
-                texts = [text for _, (_, _, text) in chunk]
-                encoded = model.encode(texts, special_tokens=not model.tokenizer.chat_template)
-                for (number, (row, problem, _)), tokens in zip(chunk, encoded):
-                    held_out = name != "dataset" or not args.eval_dataset and is_held_out(problem["prompt"])
-                    if 0 < len(tokens) <= room:
-                        # As bytes: Python's objects would take several times the memory of the file.
-                        self.parts[held_out].append(pickle.dumps(row))
-                    else:
-                        rows.dropped["too long for the context, or without any token"].append(number)
-            run.identify(name, rows.source, rows.checksum)
-            self.columns |= rows.columns
+        for name, source in (("dataset", args.dataset), ("eval_dataset", args.eval_dataset)):
+            for row, problem in parse_rows(name, source, lambda row: (row, self.parse(row)), run):
+                held_out = name != "dataset" or not args.eval_dataset and is_held_out(problem["prompt"])
+                # As bytes: Python's objects would take several times the memory of the file.
+                self.parts[held_out].append(pickle.dumps(row))
+                self.columns |= dict.fromkeys(row)
         if not all(self.parts.values()):
             raise SystemExit(f"There are too few rows of use in {args.dataset}, or in --eval-dataset")
 
-    def parse(self, row: dict) -> tuple[dict, str]:
-        """The problem in a row, and its prompt as the model reads it; ValueError if the row is of no use.
+    def parse(self, row: dict) -> dict:
+        """The problem in a row; ValueError if the row is of no use.
 
         A prompt is a text, to which chat models get --instruction, or a conversation, taken as it is.
         """
@@ -707,14 +677,17 @@ class Dataset:
         text = apply_template(self.model, messages) if is_chat else prompt
         if system and messages[0]["content"].strip() not in text:
             raise ValueError("whose system prompt the chat template leaves out")
-        if len(text) > 100 * self.model.config["max_position_embeddings"]:  # to read it would take minutes
+        context = self.model.config["max_position_embeddings"]
+        text = text[: 100 * context]  # to read more would take minutes
+        (tokens,) = self.model.encode([text], special_tokens=not self.model.tokenizer.chat_template)
+        if not 0 < len(tokens) <= context - (args.max_completion_length or self.max_completion_length):
             raise ValueError("too long for the context, or without any token")
         number = str(answer).rpartition("####")[2].strip()
         if parse_number(number) is not None:
             answer = number
         elif self.wants_number:
             raise ValueError("without a number as the answer")
-        return row | {"prompt": prompt, "messages": messages, "answer": answer}, text
+        return row | {"prompt": prompt, "messages": messages, "answer": answer}
 
     def draw(self, seed: int, index: int, held_out: bool) -> dict:
         """Problem `index`; see the function of this name. All have all columns, which rewards may ask for."""
@@ -722,7 +695,7 @@ class Dataset:
         if not held_out:
             epoch, i = divmod(index, len(rows))
             index = shuffled(seed, epoch, len(rows))[i]
-        return self.parse(dict.fromkeys(self.columns) | pickle.loads(rows[index]))[0]
+        return self.parse(dict.fromkeys(self.columns) | pickle.loads(rows[index]))
 
 
 @lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins
@@ -843,12 +816,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict, index: int):
+    def __init__(self, config: dict):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
+        self.head_dim = D
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -871,9 +844,7 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        if self.rotates:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.type_as(v), k.type_as(v)
+        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -894,15 +865,14 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3"]):
             raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
         window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
         if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        layers = range(config["num_hidden_layers"])
-        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
+        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -984,10 +954,8 @@ class Transformer(nn.Module):
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
-                    for name in tensors.keys():
-                        x = tensors.get_tensor(name)
-                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
+                for name, x in load_file(file).items():  # which leaves them on the disk until they are copied
+                    weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
             if not weights:
                 raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
             weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
@@ -1082,11 +1050,8 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
 
 def fingerprint(model: Transformer) -> int:
     """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
-    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
-    for name, x in model.state_dict().items():
-        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
-        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
-    return checksum
+    weights = [(name, list(x.shape), x.flatten()[:1000].tolist()) for name, x in model.state_dict().items()]
+    return zlib.crc32(json.dumps([model.tokenizer.chat_template, weights]).encode())
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
@@ -1526,7 +1491,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     add_adapters(model, args, run)
     optimizer.state.clear()  # the training begins with a new optimizer
     group |= {"params": [*model.parameters()], "weight_decay": 0.0}
-    run.save("checkpoint.pt")
+    run.save()
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1567,9 +1532,8 @@ class Run:
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device, self.state = args, device, {}
-        self.rank, path = rank_and_world()[0], [None]
-        if self.rank == 0:
-            path = [make_directory(args)]
+        self.rank = rank_and_world()[0]
+        path = [None if self.rank else make_directory(args)]
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
@@ -1593,6 +1557,7 @@ class Run:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
         self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
         self.fingerprints = self.checkpoint.get("fingerprints", {})
+        self.samples = self.checkpoint.get("samples", {})  # of each evaluation, by its step, as JSON
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1671,7 +1636,7 @@ class Run:
             self.elapsed += self.seconds  # of what was prepared
             if args.eval_interval or args.evaluate:
                 self.evaluate()
-            self.save("checkpoint.pt")
+            self.save()
         if args.evaluate:
             return
         # disable=None: shown on a terminal only
@@ -1679,7 +1644,7 @@ class Run:
         self.progress = tqdm(**progress, disable=True if self.rank else None)
         while self.step < end:
             if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
-                self.save("checkpoint.pt")
+                self.save()
                 raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
             self.last_step, self.started = self.step, time.perf_counter()
             self.step += 1
@@ -1691,7 +1656,7 @@ class Run:
             due = evaluation and self.due(args.checkpoint_interval)
             minutes = (time.perf_counter() - self.saved_at) / 60
             if evaluation and last or due or minutes > args.checkpoint_minutes:
-                self.save("checkpoint.pt")
+                self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
@@ -1746,53 +1711,38 @@ class Run:
         self.write({f"eval/{name}": x for name, x in metrics.items()})
         if self.rank:
             return
-        rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        text = file.read_text(errors="replace") if file.exists() else ""
-        # Of the samples in the file, those of earlier steps, whole lines only.
-        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
-        old = [line for line, step in found if int(step) < self.step]
-        new = [json.dumps(row) for row in rows]
-        write_file(file, "".join(line + "\n" for line in old + new))
-        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
+        self.samples[self.step] = lines = [json.dumps({"step": self.step, **sample}) for sample in samples]
+        text = "".join(line + "\n" for lines in self.samples.values() for line in lines)
+        write_file(self.path / "samples.jsonl", text)
+        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
         if self.wandb:
             import wandb
 
-            table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+            table = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
             self.wandb.log({"samples": table}, step=self.step - self.first_step)
 
-    def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
-            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
-            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+    def save(self) -> None:
+        """Saves everything that has state under its name."""
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
-        state |= {"fingerprints": self.fingerprints}
+        state |= {"fingerprints": self.fingerprints, "samples": self.samples}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
-        save_checkpoint(self.path / name, state)
+        save_checkpoint(self.path / "checkpoint.pt", state)
         self.saved_at = time.perf_counter()
 
     def export(self) -> None:
         """Writes the model, or its adapters, with a model card."""
-        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
-        for name, x in self.arguments.items():
-            flag = name.replace("_", "-")
-            if x != getattr(Args(), name) and isinstance(x, bool):
-                words.append(f"--{flag}" if x else f"--no-{flag}")
-            elif x != getattr(Args(), name):
-                values = x if isinstance(x, list) else [x]
-                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
-        rows += [f"| {name} | {x} |" for name, x in versions.items()]
+        args, model = self.args, self.state["model"]
+        changed = {name: x for name, x in self.arguments.items() if x != getattr(Args(), name)}
+        notes = {"script": Path(__file__).name, "arguments": changed, "evaluation": self.metrics}
+        notes |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
-        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
-        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+        card += f"```json\n{json.dumps(notes, indent=2)}\n```\n"
 
         def write(path: Path) -> None:
             save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
@@ -1832,8 +1782,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -1842,7 +1791,7 @@ FORMAT = 2  # of a checkpoint
 
 
 def read_rows(source: str) -> Iterator[bytes | dict]:
-    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    """The rows of a dataset: a Parquet file, a JSON array, an id on the hub; of JSONL they are lines."""
     path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
@@ -1852,6 +1801,8 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
 
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
                 yield from batch.to_pylist()
+        elif path.suffix == ".json" and path.read_bytes().lstrip().startswith(b"["):
+            yield from json.loads(path.read_bytes())
         elif path.suffix in (".json", ".jsonl"):
             with path.open("rb") as file:
                 yield from (line for line in file if line.strip())
@@ -1862,39 +1813,34 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
             yield from datasets.load_dataset(name, configuration or None, split=split or "train")
 
 
-class Rows:
-    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+def parse_rows(name: str, source: str | Path | None, parse: Callable[[dict], object], run: Run) -> Iterator:
+    """Yields parse(row) for the rows of a dataset; those for which it raises ValueError are dropped and told.
 
-    def __init__(self, source: str | Path | None):
-        self.source, self.checksum, self.columns = source, 0, {}
-        self.dropped = defaultdict(list)  # row numbers by reason
-
-    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
-        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
-        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
-        while chunk := list(itertools.islice(rows, 100)):
-            parsed, count = [], count + len(chunk)
-            for number, row in chunk:
-                try:
-                    row = json.loads(row) if isinstance(row, bytes) else row
-                    if not isinstance(row, dict):
-                        raise ValueError("that are no JSON objects")
-                    self.columns |= dict.fromkeys(row)
-                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
-                    self.checksum = zlib.crc32(text, self.checksum)
-                    parsed.append((number, parse(row)))
-                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
-                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
-                    self.dropped[reason].append(number)
+    The run ends if they are more than half, or if the rows are not those that it began with.
+    """
+    dropped, columns, count, checksum = defaultdict(list), {}, 0, 0
+    for count, row in enumerate(read_rows(str(source)) if source else (), 1):
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            if not isinstance(row, dict):
+                raise ValueError("that are no JSON objects")
+            columns |= dict.fromkeys(row)
+            checksum = zlib.crc32(json.dumps(row, ensure_ascii=False, default=str).encode(), checksum)
+            parsed = parse(row)
+        except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+            reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+            dropped[reason].append(count)
+        else:
             yield parsed
-        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
-        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
-        if sum(map(len, self.dropped.values())) > count / 2:
-            columns = ", ".join(self.columns) or "unknown"
-            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
-        if dropped:
-            say(line)
+    if dropped:
+        items = sorted(dropped.items(), key=lambda item: -len(item[1]))[:9]
+        reasons = [f"{len(rows):,} {reason} (row {str(rows[:3])[1:-1]})" for reason, rows in items]
+        line = f"Dropped of the {count:,} rows of {source}: {'; '.join(reasons)}"
+        if sum(map(len, dropped.values())) > count / 2:
+            found = ", ".join(columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {found}")
+        say(line)
+    run.identify(name, source, checksum)
 
 
 def make_directory(args: Args) -> Path:
@@ -2044,6 +1990,10 @@ def prepare(args: Args) -> torch.device:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if args.device == "cuda" and not cuda:
         raise SystemExit("PyTorch finds no cuda device here; use --device auto")
+    if args.dataset and not args.model:
+        raise SystemExit("A dataset needs a model that has learned to read: give --model too")
+    if (args.eval_dataset or args.system_prompt) and not args.dataset:
+        raise SystemExit("eval_dataset and system_prompt belong to a dataset: give --dataset too")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:

@@ -642,6 +642,21 @@ def test_rows_with_labels(tmp_path, tokenizer, chat_tokenizer):
     assert pairs[0].paired and pairs[0].labels[:4].tolist() == [True, False, True, False]
 
 
+def test_text_messages_pairs_and_labels_may_stand_in_one_file(tmp_path, chat_tokenizer):
+    """Each row is read as it is; without labels a file holds pairs only."""
+    rows = [row | {"held_out": i < 30} for i, row in enumerate(PAIRS)]
+    chat = {"prompt": [user("1")], "held_out": False}
+    pair = chat | {"chosen": [assistant("3")], "rejected": [assistant("2")]}
+    train, held_out = load(tmp_path, [*rows, pair], chat_tokenizer)
+    assert train.paired and held_out.paired
+    assert written(chat_tokenizer, train)[0] == ("<bos>2*30=", " the30<eos>", True)
+    alone, _ = load(tmp_path, [pair, rows[0]], chat_tokenizer)
+    assert written(chat_tokenizer, train)[-2:] == written(chat_tokenizer, alone)
+    label = chat | {"completion": [assistant("3")], "label": False}
+    train, held_out = load(tmp_path, [*rows, label], chat_tokenizer, loss="kto")
+    assert held_out.paired and not train.paired and train.labels[-3:].tolist() == [True, False, False]
+
+
 def test_what_is_dropped_is_told(tmp_path, tokenizer, chat_tokenizer, capsys):
     """A pair goes as a whole; 8 tokens are <bos>, 3 of the prompt, 3 of the completion and <eos>."""
     bad = [
@@ -734,11 +749,6 @@ MESSAGES = {"prompt": [user("a")], "chosen": [assistant("1")], "rejected": [assi
             {"loss": "kto"},
         ),
         ({"prompt": "a", "label": True}, "without text in completion", {"loss": "kto"}),
-        (
-            {"prompt": "a", "completion": "b", "label": True},
-            "of another form than the first",
-            {"loss": "kto"},
-        ),
     ],
 )
 def test_a_bad_row_is_dropped(row, message, changes, tmp_path, tokenizer, capsys):
@@ -748,8 +758,7 @@ def test_a_bad_row_is_dropped(row, message, changes, tmp_path, tokenizer, capsys
     told = capsys.readouterr().out
     assert f"Dropped of the 61 rows of {tmp_path / 'rows.jsonl'}: 1 {message}" in told and "(row 61)" in told
     told = refusal(load, tmp_path, [row] * 40, tokenizer, **changes)
-    # Rows that differ from others in their form only are good ones alone, here with too few prompts.
-    assert f"the columns are {', '.join(row)}" in told or "another form" in message
+    assert f"the columns are {', '.join(row)}" in told
 
 
 @pytest.mark.parametrize(
@@ -989,65 +998,40 @@ def test_judge_by_hand():
 # --------------------------------------------------------------------------------------- the reference
 
 
-def reference_of(model, data: dpo.Data, args: dpo.Args, monkeypatch) -> tuple[torch.Tensor, int]:
-    """The log-probabilities that `add_reference` finds, and how often it has run the model."""
-    calls, compute = [], dpo.sequence_log_probs
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo, "sequence_log_probs", lambda *x: calls.append(1) or compute(*x))
-        dpo.add_reference(model, data, args)
-    return data.reference, len(calls)
-
-
-def test_reference_is_computed_once(model, tmp_path, monkeypatch):
-    """And anew where weights or data differ; kto has one more column."""
-    args = dpo.Args(runs=str(tmp_path / "runs"), micro_batch_size=64)
-    data = random_data(20)
-    first, calls = reference_of(model, data, args, monkeypatch)
+def test_reference_is_computed_for_what_the_loss_needs(model):
+    args, data = dpo.Args(micro_batch_size=8), random_data(20)
+    dpo.add_reference(model, data, args)
     with torch.no_grad():
-        expected = dpo.sequence_log_probs(model, data.sequences)
-    torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-5)
-    assert calls == 1
-    data.reference = torch.zeros(20)
-    again, calls = reference_of(model, data, args, monkeypatch)
-    assert calls == 0 and torch.equal(again, first)
-
-    kto = dpo.Args(loss="kto", runs=args.runs, micro_batch_size=64)
-    assert reference_of(model, data, kto, monkeypatch)[1] == 2
-    with torch.no_grad():
-        expected = dpo.sequence_log_probs(model, data.mismatched)
-    torch.testing.assert_close(data.mismatched_reference, expected, atol=1e-4, rtol=1e-5)
-    mismatched, data.mismatched_reference = data.mismatched_reference, None
-    assert reference_of(model, data, kto, monkeypatch)[1] == 0
-    assert torch.equal(data.mismatched_reference, mismatched)
-
-    for part in ("prompt", "completion"):
-        changed = copy.deepcopy(data)
-        getattr(changed.sequences[3], part)[0] ^= 1
-        found, calls = reference_of(model, changed, args, monkeypatch)
-        assert calls == 1 and found[3] != first[3]
-    with torch.no_grad():
-        model.lm_head.weight[7, 3] += 1
-    assert reference_of(model, data, args, monkeypatch)[1] == 1
+        expected, mismatched = (dpo.sequence_log_probs(model, x) for x in (data.sequences, data.mismatched))
+    torch.testing.assert_close(data.reference, expected, atol=1e-4, rtol=1e-5)
+    before = data.mismatched_reference.clone()
+    assert not torch.allclose(before, mismatched)
+    dpo.add_reference(model, data, dpo.Args(loss="kto", micro_batch_size=8))
+    torch.testing.assert_close(data.mismatched_reference, mismatched, atol=1e-4, rtol=1e-5)
 
 
-def test_damaged_reference_is_computed_anew(model, tmp_path, monkeypatch):
-    args, data = dpo.Args(runs=str(tmp_path)), random_data(8)
-    first, _ = reference_of(model, data, args, monkeypatch)
-    (file,) = (tmp_path / "reference_log_probs").iterdir()
-    whole = file.read_bytes()
-    for content in (whole[:-5], b"", b"nonsense"):
-        file.write_bytes(content)
-        found, calls = reference_of(model, data, args, monkeypatch)
-        assert calls == 1 and torch.equal(found, first) and file.read_bytes() == whole
-    assert [*(tmp_path / "reference_log_probs").iterdir()] == [file]
-
-
-def test_folder_that_cannot_be_written_is_told(model, tmp_path, monkeypatch, capsys):
-    (tmp_path / "runs").write_text("a file, no folder")
-    data = random_data(8)
-    found, calls = reference_of(model, data, dpo.Args(runs=str(tmp_path / "runs")), monkeypatch)
-    assert calls == 1 and found.shape == (8,)
-    assert "Warning: cannot keep the log-probabilities" in capsys.readouterr().out
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_resumed_run_does_not_compute_the_reference_again(loss, saved_model, tmp_path, monkeypatch):
+    """Of the rows to learn from; a run that begins anew in the same folder does."""
+    settings = {"model": saved_model, "loss": loss, "num_pairs": 30, "batch_size": 12, "eval_prompts": 12}
+    settings |= {"max_steps": 2, "eval_interval": 1, "anneal_lr": False}
+    sizes, compute = [], dpo.add_reference
+    monkeypatch.setattr(dpo, "add_reference", lambda *x: sizes.append(len(x[1].labels)) or compute(*x))
+    run = train(tmp_path / "runs", **settings)
+    file, (held_out, whole) = run / "reference_log_probs.pt", sizes
+    known = torch.load(file)["log_probs"]
+    assert [len(x) for x in known] == [whole, whole] and whole > held_out
+    sizes.clear()
+    resume(run, "--max-steps", "3")
+    dpo.main(dpo.parse_args(["--evaluate", str(run)]))
+    assert sizes == [held_out, held_out]
+    expected = train(tmp_path / "longer", **settings | {"max_steps": 3})
+    assert_same_run(run, expected)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (run / name).unlink()
+    torch.save({"log_probs": [-x for x in known]}, file)
+    resume(run)
+    assert_same_run(run, expected)
 
 
 # --------------------------------------------------------------------------------------------- arguments
@@ -1083,7 +1067,6 @@ def test_folder_that_cannot_be_written_is_told(model, tmp_path, monkeypatch, cap
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**32}, "seed must lie in"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size = 100 must be a multiple of 2 x num_heads = 6"),
-        ({"dataset": "a.jsonl"}, "give --model too"),
         ({"dataset": "a.jsonl", "model": "b", "reward": ["sentiment=2"]}, "a dataset has none"),
         ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
         ({"resume": "a", "run_name": "b"}, "resume, evaluate and run_name exclude each other"),
@@ -1137,7 +1120,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 def the_run(folder: Path) -> Path:
     """The only run there."""
-    (run,) = (x for x in folder.iterdir() if x.name != "reference_log_probs")
+    (run,) = folder.iterdir()
     return run
 
 
@@ -1182,9 +1165,9 @@ def test_what_is_logged(finished_run):
 def test_files_of_a_run(finished_run):
     """Pairs, each drawn once in a pass; samples of each evaluation; the reference and the model."""
     assert {x.name for x in finished_run.iterdir() if "tfevents" not in x.name} == {
-        *"args.json checkpoint.pt checkpoint.previous.pt model pairs.jsonl reference samples.jsonl".split()
+        *"args.json checkpoint.pt checkpoint.previous.pt model pairs.jsonl reference samples.jsonl".split(),
+        "reference_log_probs.pt",
     }
-    assert {x.suffix for x in (finished_run.parent / "reference_log_probs").iterdir()} == {".safetensors"}
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
     assert [x["step"] for x in samples] == sorted([0, 2, 4, 6] * 8)
     assert all(
@@ -1231,7 +1214,7 @@ def load_parts(saved_model: str, **changes) -> tuple:
 class Workplace:
     """What an evaluation needs of a Run."""
 
-    rank, step, device, precision = 0, 1, CPU, contextlib.nullcontext()
+    rank, step, device, precision, checkpoint = 0, 1, CPU, contextlib.nullcontext(), {}
 
     def __init__(self, path: Path):
         self.path = path
@@ -1354,7 +1337,7 @@ def test_each_loss_runs(loss, saved_model, tmp_path):
     curves = curves_of(run)
     assert ("kl" in curves) == (loss == "kto") and "sft/loss" not in curves
     assert ("rewards/accuracies" in curves) == (loss != "kto") and "eval/rewards/accuracies" in curves
-    assert (tmp_path / "reference_log_probs").exists() == (loss in ("dpo", "ipo", "kto"))
+    assert (run / "reference_log_probs.pt").exists() == (loss in ("dpo", "ipo", "kto"))
     assert 0.98 * sum(curves["loss"][step] for step in (1, 2)) > sum(
         curves["loss"][step] for step in (11, 12)
     )
@@ -1572,7 +1555,8 @@ def test_nothing_that_a_run_names_is_imported(finished_run, tmp_path, monkeypatc
 
 def without_places(run: Path) -> dict:
     state = dpo.load_checkpoint(run)
-    return state | {"args": state["args"] | {"model": "", "dataset": "", "max_steps": 0}}
+    # The shorter run had an evaluation at its end.
+    return state | {"args": state["args"] | {"model": "", "dataset": "", "max_steps": 0}, "samples": {}}
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -1609,21 +1593,6 @@ def test_model_and_dataset_may_move_but_not_change(lora_rank, peer, tmp_path):
     resume(run, "--max-steps", "2", *words)
     assert checkpoint_difference(*(without_places(x) for x in (run, reference))) is None
     dpo.main(dpo.parse_args(["--evaluate", str(run)]))  # it knows the new places
-
-
-def test_broken_lines_of_samples_are_left_out(finished_run, tmp_path):
-    """And those of steps that are taken again."""
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    file = run / "samples.jsonl"
-    lines = file.read_text()
-    broken = '{"step": 6, "prom\n5\n{"step": "a"}\n{"step": 8}\n{"step": 8, "a": "b"}\n{"st'
-    file.write_bytes(lines.encode() + b"\xff\xfe\n" + broken.encode())
-    resume(run, "--max-steps", "8")
-    text = file.read_text()
-    assert (
-        text.startswith(lines) and [json.loads(x)["step"] for x in text[len(lines) :].splitlines()] == [8] * 8
-    )
 
 
 @pytest.mark.parametrize("content", ["[5]", "{", '{"eos_token_id": "x", "a": }'])
