@@ -41,7 +41,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -62,8 +61,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import typeguard
 import tyro
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -93,7 +91,7 @@ class Args:
     label_noise: float = 0.1  # probability that two neighbours in a ranking are swapped
 
     # Model
-    model: str | None = None  # folder or hub id of a Llama, Mistral, Qwen or SmolLM; None makes a small one
+    model: str | None = None  # folder or hub id of a Llama, Mistral or Qwen; None makes a small one
     hidden_size: int = 128  # width of the residual stream; a multiple of 2 x num_heads
     num_layers: int = 2  # transformer layers
     num_heads: int = 4  # attention heads
@@ -404,7 +402,8 @@ def demonstrations(model: Transformer, task, data: Data | None, batch: int, args
     """Batch number `batch` of the demonstrations of the task, or of the best completions of the dataset."""
     size = args.sft_batch_size
     if data:
-        return [data.rankings[i].sequences[0] for i in drawn(len(data.rankings), batch, size, args.seed)]
+        rows = drawn(len(data.rankings), batch, size, args.seed)
+        return [data.rankings[row].sequences[0] for row in rows]
     # Problems of negative numbers, which the stages after it do not reach.
     numbers = range(-(batch + 1) * size, -batch * size)
     problems = [draw(task, args.seed, i) for i in numbers]
@@ -455,7 +454,7 @@ def reward_step(
     # The completions of a ranking stay together, packed after one copy of their prompt.
     for part in split([ranking.joined for ranking in rankings], args):
         sequences = [x for row in part for x in rankings[row].sequences]
-        sizes = [len(rankings[row].sequences) for row in part]
+        sizes = [len(rankings[row].completions) for row in part]
         rewards = sequence_scores(model, sequences)
         loss = ranking_loss(rewards, sizes).sum() / count
         loss.backward()
@@ -487,7 +486,7 @@ def train_reward_model(task, args: Args, run: Run) -> None:
     optimizer = adam(model)
     run.start(model=model, optimizer=optimizer)
     if run.step == -args.reward_steps:
-        run.save("checkpoint.pt")  # the stage before is over
+        run.save()  # the stage before is over
     for progress in run.iterations(begin=-args.reward_steps, end=0):
         batch = round(progress * args.reward_steps)
         rate = args.reward_learning_rate * min((batch + 1) / 10, 1 - 0.95 * progress)
@@ -650,7 +649,7 @@ def train_policy(task, args: Args, run: Run) -> None:
     critic = load_trainable("reward_model", ScalarModel, args, run)
     reward_model, reference = read_frozen("reward_model", ScalarModel, args, run), Reference(model, run, True)
     data, held_out = load_rankings(model, None, args, run) if args.dataset else (None, None)
-    optimizer, critic_optimizer = adam(model), adam(critic)
+    optimizer, critic_optimizer = adam(model, eps=1e-5), adam(critic, eps=1e-5)
     kl_coef, num_tokens = torch.tensor(args.kl_coef), torch.tensor(0)
     state = {"model": model, "critic": critic, "kl_coef": kl_coef, "num_tokens": num_tokens}
     run.start(**state, optimizer=optimizer, critic_optimizer=critic_optimizer)
@@ -754,10 +753,6 @@ def check(args: Args) -> None:
         raise ValueError("a small model is made by sft_steps, so they cannot be 0 without --model")
     if args.export == "adapters" and not args.lora_rank:
         raise ValueError("without lora_rank there are no adapters to export")
-    if args.dataset and not (args.model or args.resume or args.evaluate):
-        raise ValueError("a dataset needs a model that has learned to read: give --model too")
-    if args.eval_dataset and not (args.dataset or args.resume or args.evaluate):
-        raise ValueError("eval_dataset belongs to a dataset: give --dataset too")
     if args.dataset and args.reward:
         raise ValueError("a reward judges the completions of a task, and a dataset has none")
 
@@ -779,22 +774,28 @@ def check_limits(args: Args) -> None:
 
 
 class Ranking(NamedTuple):
-    """Completions of one prompt, the best one first."""
+    """A row of a dataset: a prompt and completions of it, the best one first, in tokens."""
 
-    sequences: list[Sequence]  # in tokens, each completion with the token that ends it
+    held_out: bool
+    prompt: list[int]
+    completions: list[list[int]]  # each with the token that ends it
     true_rewards: list[float] | None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [Sequence(self.prompt, completion) for completion in self.completions]
 
     @property
     def joined(self) -> Sequence:
         """As long as the prompt and all completions together."""
-        return Sequence(self.sequences[0].prompt, sum((x.completion for x in self.sequences), array("i")))
+        return Sequence(self.prompt, sum(self.completions, array("i")))
 
 
 class Data(NamedTuple):
-    """The training part, or the held-out part, of the rankings."""
+    """The training part, or the held-out part, of a dataset."""
 
     rankings: list[Ranking]
-    prompts: list[list[int]]  # the different ones that leave room for a completion
+    prompts: list[list[int]]  # those that leave room for a completion
 
 
 @lru_cache(2)  # a step may need two: the pass that ends in it and the one that begins
@@ -822,60 +823,67 @@ def draw_prompts(
     return [{"prompt": model.tokenizer.decode(prompt)} for prompt in prompts], prompts
 
 
-class ParsedRow(NamedTuple):
-    """The completions of a row after their prompt, as text, the best one first."""
-
-    form: type  # str, or list for messages
-    held_out: bool
-    sequences: list[Sequence]
-    true_rewards: list[float] | None
+NEEDED_COMPLETIONS = {"all": 2, "reward-model": 2, "sft": 1, "ppo": 0}  # in a row, by stage
 
 
-def parse_row(row: dict, model: Transformer, args: Args) -> ParsedRow:
-    """Reads the completions that the stage needs; raises ValueError if the row is of no use.
+def parse_row(row: dict, model: Transformer, limit: int, args: Args) -> Ranking:
+    """The completions that the stage needs, of `limit` tokens; ValueError if the row is of no use.
 
     Prompt and completion are both text, or both messages. Of these the last one is the completion, whichever
-    column the others stand in.
+    column the others stand in. They are tokenized apart, so that no token spans both. A text gets the token
+    that ends it; a conversation is closed by the chat template.
     """
-    columns, found = [args.chosen_column, args.rejected_column], []
-    completions = [row[column] for column in columns if row.get(column) is not None]
+    columns, prompt = [args.chosen_column, args.rejected_column], row.get(args.prompt_column)
     if isinstance(row.get(args.ranking_column), list):
         completions = row[args.ranking_column]
-    elif not completions and row.get(args.completion_column) is not None:
-        completions = [row[args.completion_column]]
+    else:
+        columns = columns if any(column in row for column in columns) else [args.completion_column]
+        completions = [row[column] for column in columns if row.get(column) is not None]
     if len(completions) < NEEDED_COMPLETIONS[args.stage]:
-        needed = {"sft": f"{args.chosen_column} or {args.completion_column}"}
-        names = needed.get(args.stage, f"{' and '.join(columns)}, or a list {args.ranking_column}")
-        raise ValueError(f"without {names}")
-    for completion in completions or [None]:
-        prompt = row.get(args.prompt_column)
-        if isinstance(completion, list) and len(completion) > 1:
-            # Either the whole conversation, or the part of it that follows a prompt of messages.
-            follows = isinstance(prompt, list) and completion[: len(prompt)] != prompt
-            prompt, completion = (prompt if follows else []) + completion[:-1], completion[-1:]
-        check_text(prompt, args.prompt_column)
-        if completion is not None:
-            check_text(completion, "a completion")
-            if type(prompt) is not type(completion):
-                raise ValueError("whose prompt and completion are not both text or both messages")
-        found.append(Sequence(prompt, completion))
-    if any(x.prompt != prompt for x in found):
-        raise ValueError("whose completions answer different prompts")
-    held_out, true_rewards = row.get("held_out"), row.get("true_rewards")
+        pair = f"columns {args.chosen_column} and {args.rejected_column}, or a list {args.ranking_column}"
+        single = f"a column {args.chosen_column} or {args.completion_column}"
+        raise ValueError(f"without {single if args.stage == 'sft' else pair}")
+    if args.stage == "ppo":
+        completions = []  # the policy writes its own
+    found = [split_conversation(prompt, completion) for completion in completions]
+    prompt = found[0].prompt if found else prompt
+    check_text(prompt, args.prompt_column)
+    for other, completion in found:
+        check_text(completion, "a completion")
+        if type(prompt) is not type(completion):
+            raise ValueError("whose prompt and completion are not both text or both messages")
+        if other != prompt:
+            raise ValueError("whose completions answer different prompts")
+    held_out, is_text, end = row.get("held_out"), isinstance(prompt, str), model.tokenizer.eos_token_id
     if not isinstance(held_out, bool):
         # A matter of the prompt itself: a template may add today's date.
-        held_out = is_held_out(prompt if isinstance(prompt, str) else json.dumps(prompt))
-    form = type(prompt)
-    if form is list:
-        found = [render(model, messages) for messages in found]
-    elif model.tokenizer.eos_token_id is None:
+        held_out = is_held_out(prompt if is_text else json.dumps(prompt))
+    texts = [prompt, *(completion for _, completion in found)]
+    if not is_text:
+        texts = [apply_template(model, prompt), *(render(model, messages).completion for messages in found)]
+    elif end is None:
         raise ValueError("of text, while the tokenizer has no token that ends a text")
-    if sum(len(part) for x in found for part in x if part) > 100 * model.config["max_position_embeddings"]:
+    if sum(map(len, texts)) > 100 * limit:
         raise ValueError("longer than the limit")  # to read it would take minutes
-    return ParsedRow(form, held_out, found, true_rewards)
+    (prompt,) = model.encode(texts[:1], special_tokens=is_text)
+    completions = model.encode(texts[1:], special_tokens=False)
+    # Arrays: a list of Python's integers takes nine times the memory.
+    prompt, completions = array("i", prompt), [array("i", x + [end] * is_text) for x in completions]
+    if not prompt or not all(completions):
+        raise ValueError("without any token in the prompt or a completion")
+    if len(prompt) + max(map(len, completions), default=0) > limit:
+        raise ValueError("longer than the limit")
+    if len({tuple(completion) for completion in completions}) < len(completions):
+        raise ValueError("with two equal completions")
+    return Ranking(held_out, prompt, completions, row.get("true_rewards"))
 
 
-NEEDED_COMPLETIONS = {"all": 2, "reward-model": 2, "sft": 1, "ppo": 0}  # by stage
+def split_conversation(prompt: str | list | None, completion: str | list) -> Sequence:
+    """Prompt and completion. A conversation of several messages ends with the completion."""
+    if isinstance(completion, list) and len(completion) > 1:
+        follows = isinstance(prompt, list) and completion[: len(prompt)] != prompt
+        return Sequence((prompt if follows else []) + completion[:-1], completion[-1:])
+    return Sequence(prompt, completion)
 
 
 def check_text(value: object, column: str) -> None:
@@ -901,8 +909,6 @@ def apply_template(model: Transformer, messages: list[dict], begin_answer: bool 
 def render(model: Transformer, messages: Sequence) -> Sequence:
     """A conversation as text: the prompt up to where the answer begins, the answer with what closes it."""
     prompt = apply_template(model, messages.prompt)
-    if messages.completion is None:
-        return Sequence(prompt, None)
     whole = apply_template(model, messages.prompt + messages.completion, begin_answer=False)
     if not whole.startswith(prompt):
         raise ValueError("whose prompt the chat template changes when an answer follows")
@@ -910,46 +916,20 @@ def render(model: Transformer, messages: Sequence) -> Sequence:
 
 
 def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> tuple[Data, Data]:
-    """The training part and the held-out tenth of a file in tokens, or the whole file and --eval-dataset.
-
-    Prompt and completion are tokenized apart, so that no token spans both. A completion that is text gets the
-    token that ends it; in a conversation, the chat template closes it.
-    """
-    form, context = None, model.config["max_position_embeddings"]
-    parts = Data([], []), Data([], [])
-    limit, room = min(args.max_length or context, context), context - args.max_completion_length
+    """The training part and the held-out tenth of a dataset, or the whole of it and --eval-dataset."""
+    context, parts = model.config["max_position_embeddings"], (Data([], []), Data([], []))
+    limit = min(args.max_length or context, context)
+    parse = partial(parse_row, model=model, limit=limit, args=args)
     for name, file in {"dataset": source, "eval_dataset": args.eval_dataset}.items():
-        rows = Rows(file)
-        for chunk in rows.chunks(partial(parse_row, model=model, args=args)):
-            form = form or next((row.form for _, row in chunk), None)
-            end = [model.tokenizer.eos_token_id] if form is str else []
-            prompts = [row.sequences[0].prompt for _, row in chunk]
-            prompts = model.encode(prompts, special_tokens=bool(end))
-            texts = [x.completion for _, row in chunk for x in row.sequences if x.completion]
-            completions = iter(model.encode(texts, special_tokens=False))
-            for (number, row), prompt in zip(chunk, prompts):
-                # Arrays: a list of Python's integers takes nine times the memory.
-                prompt = array("i", prompt)
-                found = [array("i", next(completions) + end) for x in row.sequences if x.completion]
-                part = parts[name != "dataset" or (row.held_out and not args.eval_dataset)]
-                longest = len(prompt) + max(map(len, found), default=0)
-                if row.form != form:
-                    rows.dropped["of another form than the first"].append(number)
-                elif not prompt or not all(found):
-                    rows.dropped["without any token in the prompt or a completion"].append(number)
-                elif longest > limit:
-                    rows.dropped["longer than the limit"].append(number)
-                elif len({tuple(completion) for completion in found}) < len(found):
-                    rows.dropped["with two equal completions"].append(number)
-                elif part is parts[False] or len(part.rankings) < args.eval_prompts:  # no more are evaluated
-                    sequences = [Sequence(prompt, completion) for completion in found]
-                    part.rankings.append(Ranking(sequences, row.true_rewards))
-                    if len(prompt) <= room:
-                        part.prompts.append([*prompt])
-        run.identify(name, rows.source, rows.checksum)
+        for row in parse_rows(name, file, parse, run):
+            part = parts[name != "dataset" or (row.held_out and not args.eval_dataset)]
+            if part is parts[0] or len(part.rankings) < args.eval_prompts:  # no more are evaluated
+                part.rankings.append(row)
+                if len(row.prompt) + args.max_completion_length <= context:
+                    part.prompts.append([*row.prompt])
     if not all(part.rankings for part in parts):
         raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
-    if args.stage in ("all", "ppo") and min(len(part.prompts) for part in parts) < rank_and_world()[1]:
+    if min(len(part.prompts) for part in parts) < rank_and_world()[1]:
         raise SystemExit("Too few prompts leave room for a completion; lower --max-completion-length")
     return parts
 
@@ -981,7 +961,7 @@ def count_right(
 def evaluate_reward_model(model: ScalarModel, rankings: list[Ranking], args: Args) -> dict[str, float]:
     """Loss and accuracy on held-out rankings; where the true rewards are known, against them too."""
     mine = my_share(rankings)
-    sizes = [len(ranking.sequences) for ranking in mine]
+    sizes = [len(ranking.completions) for ranking in mine]
     rewards = all_scores(model, [x for ranking in mine for x in ranking.sequences], args)
     totals = [ranking_loss(rewards, sizes).sum(), *count_right(rewards, sizes)]
     if rankings[0].true_rewards:
@@ -1075,12 +1055,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Attention and a gated MLP (Shazeer 2020), each after an RMSNorm; names as in the files."""
 
-    def __init__(self, config: dict, index: int):
+    def __init__(self, config: dict):
         super().__init__()
         size, D, eps = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
         queries, keys = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
         qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
-        self.head_dim, self.rotates = D, bool(config.get("no_rope_layers", {index: 1})[index])
+        self.head_dim = D
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(size, queries, bias or qwen2)})
         self.self_attn.update({name: nn.Linear(size, keys, bias or qwen2) for name in ("k_proj", "v_proj")})
@@ -1103,9 +1083,7 @@ class Layer(nn.Module):
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
             q, k = attention["q_norm"](q), attention["k_norm"](k)
-        if self.rotates:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.type_as(v), k.type_as(v)
+        q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
@@ -1126,15 +1104,14 @@ class Transformer(nn.Module):
         left_out = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads}
         left_out |= {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
         self.config = left_out | {name: value for name, value in config.items() if value is not None}
-        if family not in (known := ["llama", "mistral", "qwen2", "qwen3", "smollm3"]):
+        if family not in (known := ["llama", "mistral", "qwen2", "qwen3"]):
             raise ValueError(f"model_type {family} is not supported, only {', '.join(known)}")
         window = config.get("sliding_window") if family == "mistral" else config.get("use_sliding_window")
         if self.config["hidden_act"] != "silu" or window:
             raise ValueError("sliding windows and activations other than silu are not supported")
         size, vocabulary = config["hidden_size"], config["vocab_size"]
         self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocabulary, size)})
-        layers = range(config["num_hidden_layers"])
-        self.model["layers"] = nn.ModuleList(Layer(self.config, index) for index in layers)
+        self.model["layers"] = nn.ModuleList(Layer(self.config) for _ in range(config["num_hidden_layers"]))
         self.model["norm"] = nn.RMSNorm(size, self.config["rms_norm_eps"])
         self.lm_head = nn.Linear(size, vocabulary, bias=False)
         for parameter in self.parameters():
@@ -1216,10 +1193,8 @@ class Transformer(nn.Module):
             with torch.device("meta"):  # initial weights would be made in vain
                 model = cls(config)
             for file in sorted(path.glob("model*.safetensors")):
-                with safe_open(file, "pt") as tensors:  # one at a time, or they would be in memory twice
-                    for name in tensors.keys():
-                        x = tensors.get_tensor(name)
-                        weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
+                for name, x in load_file(file).items():  # which leaves them on the disk until they are copied
+                    weights[name], model.file_type = x.to(device, dtype, copy=True), x.dtype
             if not weights:
                 raise ValueError("no model*.safetensors; other formats, as pytorch_model.bin, may hold code")
             weights = {name: x for name, x in weights.items() if not name.endswith("inv_freq")}
@@ -1294,7 +1269,7 @@ def make_model(task, args: Args) -> Transformer:
 
 
 def read_model(
-    source: str | Path, device="cpu", dtype=torch.float32, kind: type[Transformer] | None = None
+    source: str | Path, device="cpu", dtype=torch.float32, kind: type | None = None
 ) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
@@ -1316,11 +1291,8 @@ def read_model(
 
 def fingerprint(model: Transformer) -> int:
     """A checksum of the chat template and of the first weights of each layer, whatever type they have."""
-    checksum = zlib.crc32(str(model.tokenizer.chat_template).encode())
-    for name, x in model.state_dict().items():
-        first = x.flatten()[:1000].float().cpu().numpy().tobytes()
-        checksum = zlib.crc32(f"{name} {list(x.shape)}".encode() + first, checksum)
-    return checksum
+    weights = [(name, list(x.shape), x.flatten()[:1000].tolist()) for name, x in model.state_dict().items()]
+    return zlib.crc32(json.dumps([model.tokenizer.chat_template, weights]).encode())
 
 
 def load_model(task, args: Args, run: Run) -> Transformer:
@@ -1836,10 +1808,10 @@ def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
-def adam(model: Transformer, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """The optimizer of all stages; eps as Huang et al. (2024) advise, since small gradients are noise."""
-    settings = {"betas": (0.9, 0.95), "eps": 1e-5, "fused": True}
-    return torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, **settings)
+def adam(model: Transformer, **settings) -> torch.optim.AdamW:
+    """The optimizer of all stages."""
+    settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True} | settings
+    return torch.optim.AdamW(model.parameters(), **settings)
 
 
 def schedule(step: int, args: Args) -> float:
@@ -1899,9 +1871,8 @@ class Run:
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device, self.state = args, device, {}
-        self.rank, path = rank_and_world()[0], [None]
-        if self.rank == 0:
-            path = [make_directory(args)]
+        self.rank = rank_and_world()[0]
+        path = [None if self.rank else make_directory(args)]
         if dist.is_initialized():
             dist.broadcast_object_list(path)
         self.path = path[0]
@@ -1925,6 +1896,7 @@ class Run:
                 raise SystemExit(f"{self.path} is at step {self.step:,} already; raise --max-steps")
         self.is_warm = bool(self.checkpoint) and self.step >= 0  # it is past the warm-up
         self.fingerprints = self.checkpoint.get("fingerprints", {})
+        self.samples = self.checkpoint.get("samples", {})  # of each evaluation, by its step, as JSON
         if args.evaluate:
             return
         if self.rank == 0:
@@ -1963,10 +1935,11 @@ class Run:
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
 
-        Restores the last checkpoint if there is one, and opens the logs. Each stage of a run begins with it.
+        Restores the last checkpoint if there is one, and opens the logs. Later stages of a run begin with
+        what the ones before have made.
         """
-        self.state = state
-        if self.checkpoint:
+        is_first, self.state = not self.state, state
+        if self.checkpoint and is_first:
             torch.set_rng_state(self.checkpoint["generator"])
             for name, x in state.items():
                 if name not in self.checkpoint:
@@ -1974,10 +1947,9 @@ class Run:
                 restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
                 restore(self.checkpoint.pop(name))
             say(f"Resumed at step {self.step:,}")
-            self.checkpoint = {}  # a later stage begins with what the one before has made
-        elif self.args.resume and self.step == self.first_step:
+        elif self.args.resume and is_first:
             say(f"{self.path} has no checkpoint yet, so the run begins anew")
-        if self.rank or self.args.evaluate or self.writer:
+        if self.rank or self.args.evaluate or not is_first:
             return
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 
@@ -1996,7 +1968,7 @@ class Run:
         """Yields the fraction of the steps from `begin` to `end` that is done; evaluates and saves if due.
 
         `evaluation` returns metrics and samples. Without it, as in the warm-up, checkpoints are due by the
-        clock only, and not after the last step, which is saved with what follows it.
+        clock only, and not after the last step: it is saved together with what follows the steps.
         """
         args, end = self.args, self.args.max_steps if end is None else end
         self.evaluation = evaluation
@@ -2006,7 +1978,7 @@ class Run:
             self.elapsed += self.seconds  # of what was prepared
             if args.eval_interval or args.evaluate:
                 self.evaluate()
-            self.save("checkpoint.pt")
+            self.save()
         if args.evaluate:
             return
         # disable=None: shown on a terminal only
@@ -2014,7 +1986,7 @@ class Run:
         self.progress = tqdm(**progress, disable=True if self.rank else None)
         while self.step < end:
             if sum_over_ranks(torch.tensor(float(self.interrupted), device=self.device)) > 0:
-                self.save("checkpoint.pt")
+                self.save()
                 raise SystemExit(f"Interrupted at step {self.step:,}; {self.advice}")
             self.last_step, self.started = self.step, time.perf_counter()
             self.step += 1
@@ -2026,7 +1998,7 @@ class Run:
             due = evaluation and (last or self.due(args.checkpoint_interval))
             minutes = (time.perf_counter() - self.saved_at) / 60
             if due or not last and minutes > args.checkpoint_minutes:
-                self.save("checkpoint.pt")
+                self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
             self.progress.update()
@@ -2083,53 +2055,38 @@ class Run:
         self.write({f"eval/{name}": x for name, x in metrics.items()})
         if self.rank:
             return
-        rows, file = [{"step": self.step, **sample} for sample in samples], self.path / "samples.jsonl"
-        text = file.read_text(errors="replace") if file.exists() else ""
-        # Of the samples in the file, those of earlier steps, whole lines only.
-        found = re.findall(r'^({"step": (\d+), .*})$', text, re.MULTILINE)
-        old = [line for line, step in found if int(step) < self.step]
-        new = [json.dumps(row) for row in rows]
-        write_file(file, "".join(line + "\n" for line in old + new))
-        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in new), self.step)
+        self.samples[self.step] = lines = [json.dumps({"step": self.step, **sample}) for sample in samples]
+        text = "".join(line + "\n" for lines in self.samples.values() for line in lines)
+        write_file(self.path / "samples.jsonl", text)
+        self.writer.add_text("samples", "\n\n".join(f"`{line}`" for line in lines), self.step)
         if self.wandb:
             import wandb
 
-            table = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+            table = wandb.Table(list(samples[0]), [list(row.values()) for row in samples])
             self.wandb.log({"samples": table}, step=self.step - self.first_step)
 
-    def save(self, name: str) -> None:
-        """Saves everything that has state under its name, but no weights that are not finite."""
-        if not all(x.isfinite().all() for x in self.state["model"].parameters()):
-            where = f"The weights are not finite at step {self.step:,}; lower the learning rate"
-            raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
+    def save(self) -> None:
+        """Saves everything that has state under its name."""
         if self.rank or self.args.evaluate:
             return
         state = {"args": self.arguments, "step": self.step, "elapsed": self.elapsed}
-        state |= {"fingerprints": self.fingerprints}
+        state |= {"fingerprints": self.fingerprints, "samples": self.samples}
         state |= {"generator": torch.get_rng_state()}  # the only one: problems are functions of their number
         state |= {key: x if isinstance(x, Tensor) else x.state_dict() for key, x in self.state.items()}
         with explained(f"Cannot write the curves in {self.path}; is the disk full?"):
             self.writer.flush()
         (self.path / "checkpoint.previous.pt").unlink(missing_ok=True)  # there are never more than two
-        save_checkpoint(self.path / name, state)
+        save_checkpoint(self.path / "checkpoint.pt", state)
         self.saved_at = time.perf_counter()
 
     def export(self) -> None:
         """Writes the model, or its adapters, with a model card."""
-        args, model, words = self.args, self.state["model"], ["python", Path(__file__).name]
-        for name, x in self.arguments.items():
-            flag = name.replace("_", "-")
-            if x != getattr(Args(), name) and isinstance(x, bool):
-                words.append(f"--{flag}" if x else f"--no-{flag}")
-            elif x != getattr(Args(), name):
-                values = x if isinstance(x, list) else [x]
-                words += [f"--{flag} {shlex.quote(str(value))}" for value in values]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        rows = [f"| {name} | {x:.4g} |" for name, x in self.metrics.items()]
-        rows += [f"| {name} | {x} |" for name, x in versions.items()]
+        args, model = self.args, self.state["model"]
+        changed = {name: x for name, x in self.arguments.items() if x != getattr(Args(), name)}
+        notes = {"script": Path(__file__).name, "arguments": changed, "evaluation": self.metrics}
+        notes |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         card = f"---\nlibrary_name: transformers\n---\n\n# {self.path.name}, step {self.step:,}\n\n"
-        card += f"From {args.model or 'random weights'} with {args.dataset or args.task}:\n\n    "
-        card += "\n".join([" ".join(words), "", "| Evaluation, versions | |", "|---|---|", *rows, ""])
+        card += f"```json\n{json.dumps(notes, indent=2)}\n```\n"
 
         def write(path: Path) -> None:
             save_adapters(model, args, path) if args.export == "adapters" else model.save_pretrained(path)
@@ -2169,8 +2126,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself; emulated, it would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -2179,7 +2135,7 @@ FORMAT = 2  # of a checkpoint
 
 
 def read_rows(source: str) -> Iterator[bytes | dict]:
-    """The rows of a Parquet file or of a dataset on the Hugging Face hub, or the lines of a JSONL file."""
+    """The rows of a dataset: a Parquet file, a JSON array, an id on the hub; of JSONL they are lines."""
     path = Path(source)
     if path.is_file() and path.suffix not in (".json", ".jsonl", ".parquet"):
         raise SystemExit(f"{source} is none of .jsonl, .json and .parquet")
@@ -2189,6 +2145,8 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
 
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches(100):
                 yield from batch.to_pylist()
+        elif path.suffix == ".json" and path.read_bytes().lstrip().startswith(b"["):
+            yield from json.loads(path.read_bytes())
         elif path.suffix in (".json", ".jsonl"):
             with path.open("rb") as file:
                 yield from (line for line in file if line.strip())
@@ -2199,39 +2157,34 @@ def read_rows(source: str) -> Iterator[bytes | dict]:
             yield from datasets.load_dataset(name, configuration or None, split=split or "train")
 
 
-class Rows:
-    """The rows of a dataset. Those of no use are dropped and counted; more than half of them end the run."""
+def parse_rows(name: str, source: str | Path | None, parse: Callable[[dict], object], run: Run) -> Iterator:
+    """Yields parse(row) for the rows of a dataset; those for which it raises ValueError are dropped and told.
 
-    def __init__(self, source: str | Path | None):
-        self.source, self.checksum, self.columns = source, 0, {}
-        self.dropped = defaultdict(list)  # row numbers by reason
-
-    def chunks(self, parse: Callable[[dict], object]) -> Iterator[list[tuple[int, object]]]:
-        """Yields lists of (number, parse(row)), without the rows for which `parse` raises ValueError."""
-        rows, count = enumerate(read_rows(str(self.source)) if self.source else (), 1), 0
-        while chunk := list(itertools.islice(rows, 100)):
-            parsed, count = [], count + len(chunk)
-            for number, row in chunk:
-                try:
-                    row = json.loads(row) if isinstance(row, bytes) else row
-                    if not isinstance(row, dict):
-                        raise ValueError("that are no JSON objects")
-                    self.columns |= dict.fromkeys(row)
-                    text = json.dumps(row, ensure_ascii=False, default=str).encode()
-                    self.checksum = zlib.crc32(text, self.checksum)
-                    parsed.append((number, parse(row)))
-                except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
-                    reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
-                    self.dropped[reason].append(number)
+    The run ends if they are more than half, or if the rows are not those that it began with.
+    """
+    dropped, columns, count, checksum = defaultdict(list), {}, 0, 0
+    for count, row in enumerate(read_rows(str(source)) if source else (), 1):
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            if not isinstance(row, dict):
+                raise ValueError("that are no JSON objects")
+            columns |= dict.fromkeys(row)
+            checksum = zlib.crc32(json.dumps(row, ensure_ascii=False, default=str).encode(), checksum)
+            parsed = parse(row)
+        except (ValueError, RecursionError) as error:  # JSON and Unicode have errors of their own
+            reason = str(error) if type(error) is ValueError else "that are no JSON in UTF-8"
+            dropped[reason].append(count)
+        else:
             yield parsed
-        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-        reasons = [f"{len(n):,} {reason} (row {', '.join(map(str, n[:3]))})" for reason, n in dropped[:9]]
-        line = f"Dropped of the {count:,} rows of {self.source}: {'; '.join(reasons)}"
-        if sum(map(len, self.dropped.values())) > count / 2:
-            columns = ", ".join(self.columns) or "unknown"
-            raise SystemExit(f"{line}. That is more than half; the columns are {columns}")
-        if dropped:
-            say(line)
+    if dropped:
+        items = sorted(dropped.items(), key=lambda item: -len(item[1]))[:9]
+        reasons = [f"{len(rows):,} {reason} (row {str(rows[:3])[1:-1]})" for reason, rows in items]
+        line = f"Dropped of the {count:,} rows of {source}: {'; '.join(reasons)}"
+        if sum(map(len, dropped.values())) > count / 2:
+            found = ", ".join(columns) or "unknown"
+            raise SystemExit(f"{line}. That is more than half; the columns are {found}")
+        say(line)
+    run.identify(name, source, checksum)
 
 
 def make_directory(args: Args) -> Path:
@@ -2382,6 +2335,10 @@ def prepare(args: Args) -> torch.device:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if args.device == "cuda" and not cuda:
         raise SystemExit("PyTorch finds no cuda device here; use --device auto")
+    if args.dataset and not args.model:
+        raise SystemExit("A dataset needs a model that has learned to read: give --model too")
+    if args.eval_dataset and not args.dataset:
+        raise SystemExit("eval_dataset belongs to a dataset: give --dataset too")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:
