@@ -25,9 +25,6 @@ the reference, not only shifted to mean 0, so that kl_coef means the same for an
 value model have an optimizer each, so there is no vf_coef; minibatches are the same in all epochs; the old
 log-probabilities are those of the sampler; there is no dropout to turn off and no padding to mask, because
 rows are packed. A group baseline needs no value model and half the memory: grpo_llm.py --reward-model.
-
-The algorithm comes first. The plumbing follows `train`; from the model on it is the same in all scripts for
-language models.
 """
 
 from __future__ import annotations
@@ -223,6 +220,20 @@ def compute_gae(
     deltas = rewards + gamma * next_values * (1 - terminated.to(values.dtype)) - values
     advantages = discounted_sum(deltas, gamma * gae_lambda * (1 - done.to(values.dtype)))
     return advantages, advantages + values
+
+
+def token_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and value targets (B, T) of tokens, whose values (B, T) are of the states before them.
+
+    Each completion is an episode, which its last token ends. Past it everything is 0.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    end, next_values = last_tokens(mask), F.pad(values, (0, 1))[:, 1:]
+    steps = (x.T for x in (rewards, values, next_values, end, end))
+    advantages, returns = compute_gae(*steps, gamma, gae_lambda)
+    return advantages.T, returns.T
 
 
 def moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -589,10 +600,7 @@ def make_batch(
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     values = all_values(critic, sequences, length, args)
-    # Each completion is an episode, which its last token ends: past it all is 0.
-    end, next_values = last_tokens(mask), F.pad(values, (0, 1))[:, 1:]
-    columns = (x.T for x in (rewards, values, next_values, end, end))
-    advantages, returns = (x.T for x in compute_gae(*columns, args.gamma, args.gae_lambda))
+    advantages, returns = token_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
     return_variance = moments(returns, mask)[1]
     unexplained = moments(returns - values, mask)[1] / return_variance.clamp(min=1e-8)
     if args.norm_adv:
@@ -648,6 +656,10 @@ def train_policy(task, args: Args, run: Run) -> None:
     model = load_trainable("reference", Transformer, args, run)
     critic = load_trainable("reward_model", ScalarModel, args, run)
     reward_model, reference = read_frozen("reward_model", ScalarModel, args, run), Reference(model, run, True)
+    if reward_model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise SystemExit(
+            "The reward model has another vocabulary than the policy, whose tokens it has to read"
+        )
     data, held_out = load_rankings(model, None, args, run) if args.dataset else (None, None)
     optimizer, critic_optimizer = adam(model, eps=1e-5), adam(critic, eps=1e-5)
     kl_coef, num_tokens = torch.tensor(args.kl_coef), torch.tensor(0)
