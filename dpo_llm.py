@@ -622,7 +622,7 @@ def load_preferences(reference: Transformer, task, args: Args, run: Run) -> tupl
     train, held_out = load_data(source, reference, args, run)
     if args.has_reference:
         add_reference(reference, held_out, args)
-        if run.checkpoint and known.exists():  # of the same model and rows, so nothing is computed again
+        if run.is_warm and known.exists():  # of the same model and rows, so nothing is computed again
             train.reference, train.mismatched_reference = torch.load(known, weights_only=True)["log_probs"]
         elif not args.evaluate:
             add_reference(reference, train, args)
@@ -1538,11 +1538,11 @@ class Run:
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
 
-        Restores the last checkpoint if there is one, and opens the logs. Later stages of a run begin with
-        what the ones before have made.
+        Restores the last checkpoint if there is one, and opens the logs. A run of several stages calls it for
+        each, and without any state at the end of one: such a checkpoint has nothing to restore.
         """
-        is_first, self.state = not self.state, state
-        if self.checkpoint and is_first:
+        self.state = state
+        if "model" in self.checkpoint:
             torch.set_rng_state(self.checkpoint["generator"])
             for name, x in state.items():
                 if name not in self.checkpoint:
@@ -1550,9 +1550,10 @@ class Run:
                 restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
                 restore(self.checkpoint.pop(name))
             say(f"Resumed at step {self.step:,}")
-        elif self.args.resume and is_first:
+        elif self.args.resume and self.step == self.first_step:
             say(f"{self.path} has no checkpoint yet, so the run begins anew")
-        if self.rank or self.args.evaluate or not is_first:
+        self.checkpoint = {}
+        if self.rank or self.args.evaluate or self.writer:
             return
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 

@@ -451,6 +451,8 @@ def train_sft(task, args: Args, run: Run) -> None:
         if batch % 10 == 9 or not math.isfinite(norm):
             run.log({"sft/loss": loss, "sft/grad_norm": norm})
     export(model.save_pretrained, run.path / "reference")
+    run.start()  # without state, since the stage is over
+    run.save()
 
 
 # ----------------------------------------------------------------------------------- stage 2: reward model
@@ -496,8 +498,6 @@ def train_reward_model(task, args: Args, run: Run) -> None:
         data, held_out = load_rankings(reference, task, args, run)
     optimizer = adam(model)
     run.start(model=model, optimizer=optimizer)
-    if run.step == -args.reward_steps:
-        run.save()  # the stage before is over
     for progress in run.iterations(begin=-args.reward_steps, end=0):
         batch = round(progress * args.reward_steps)
         rate = args.reward_learning_rate * min((batch + 1) / 10, 1 - 0.95 * progress)
@@ -517,6 +517,8 @@ def train_reward_model(task, args: Args, run: Run) -> None:
     run.write({f"reward_model/{name}": x for name, x in metrics.items()})
     say("reward model: " + ", ".join(f"{name} {x:.3f}" for name, x in metrics.items()))
     export(model.save_pretrained, run.path / "reward_model")
+    run.start()
+    run.save()
 
 
 # ------------------------------------------------------------------------------------------- stage 3: PPO
@@ -531,7 +533,7 @@ class Rollout(NamedTuple):
     log_probs: Tensor  # (B, C), under the distribution that was sampled from
     mask: Tensor  # (B, C), True on the tokens of the completions
     finished: Tensor  # (B,), False for completions that were cut off
-    true_rewards: Tensor  # (B,), zeros if there is no task
+    true_rewards: Tensor | None  # (B,), if there is a task
 
 
 def sample_completions(
@@ -542,7 +544,7 @@ def sample_completions(
     problems, prompts = draw_prompts(model, task, data, numbers, args, held_out)
     tokens, log_probs, finished = sample(model, prompts, uniforms.to(model.device), args, args.temperature)
     texts = model.decode(tokens)
-    rewards = score(task, problems, texts)["reward"] if task else torch.zeros(len(texts))
+    rewards = score(task, problems, texts)["reward"] if task else None
     lengths = torch.tensor([len(completion) for completion in tokens])
     mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
     sequences = list(map(Sequence, prompts, tokens))
@@ -608,12 +610,11 @@ def make_batch(
     lengths = mask.sum(1).float()
     means = {
         "reward": scores,
-        "true_reward": rollout.true_rewards,
         "objective/kl": (rollout.log_probs - reference_log_probs).sum(1),
         "objective/entropy": -rollout.log_probs.sum(1),  # of whole completions, estimated from the samples
         "completions/mean_length": lengths,
         "completions/clipped_ratio": 1 - rollout.finished.float(),
-    }
+    } | ({} if rollout.true_rewards is None else {"true_reward": rollout.true_rewards})
     totals = sum_over_ranks(torch.stack([x.to(scores).sum() for x in means.values()]))
     metrics = dict(zip(means, (totals / args.batch_size).tolist()))
     metrics["objective/rlhf_reward"] = metrics["reward"] - kl_coef.item() * metrics["objective/kl"]
@@ -715,11 +716,15 @@ def train(args: Args, run: Run) -> None:
     task = None if args.dataset else make_task(args)
     limit = args.max_completion_length or (task.max_completion_length if task else 256)
     args = dataclasses.replace(args, max_completion_length=limit)
+    # Each stage begins with the seed, so that it is the same in a run of its own.
     if args.stage in ("all", "sft") and run.step < -args.reward_steps:
+        torch.manual_seed(args.seed)
         train_sft(task, args, run)
     if args.stage in ("all", "reward-model") and run.step < 0:
+        torch.manual_seed(args.seed)
         train_reward_model(task, args, run)
-    if args.stage in ("all", "ppo"):
+    if args.stage in ("all", "ppo") or args.evaluate:
+        torch.manual_seed(args.seed)
         train_policy(task, args, run)
 
 
@@ -1947,11 +1952,11 @@ class Run:
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
 
-        Restores the last checkpoint if there is one, and opens the logs. Later stages of a run begin with
-        what the ones before have made.
+        Restores the last checkpoint if there is one, and opens the logs. A run of several stages calls it for
+        each, and without any state at the end of one: such a checkpoint has nothing to restore.
         """
-        is_first, self.state = not self.state, state
-        if self.checkpoint and is_first:
+        self.state = state
+        if "model" in self.checkpoint:
             torch.set_rng_state(self.checkpoint["generator"])
             for name, x in state.items():
                 if name not in self.checkpoint:
@@ -1959,9 +1964,10 @@ class Run:
                 restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
                 restore(self.checkpoint.pop(name))
             say(f"Resumed at step {self.step:,}")
-        elif self.args.resume and is_first:
+        elif self.args.resume and self.step == self.first_step:
             say(f"{self.path} has no checkpoint yet, so the run begins anew")
-        if self.rank or self.args.evaluate or not is_first:
+        self.checkpoint = {}
+        if self.rank or self.args.evaluate or self.writer:
             return
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 

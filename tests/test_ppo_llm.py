@@ -16,7 +16,7 @@ import transformers
 from helpers import checkpoint_difference, read_curves, run_two_processes, start
 from test_dpo_llm import TEMPLATE, assistant, user
 from test_grpo_llm import SHAPE, write_rows
-from test_ppo_continuous_runs import flags, kill_when, refusal
+from test_ppo_continuous_runs import flags, refusal
 
 import ppo_discrete
 import ppo_llm as ppo
@@ -37,7 +37,7 @@ def masks(*lengths: int, width: int | None = None) -> torch.Tensor:
     return torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-# ------------------------------------------------------------------------------------- loss of the reward model
+# ----------------------------------------------------------------------------------- loss of the reward model
 
 
 def test_loss_of_pairs_by_hand():
@@ -74,7 +74,7 @@ def test_right_pairs_are_counted():
     assert right == 3  # the labels of the second and third pair were wrong; the last one is right
 
 
-# -------------------------------------------------------------------------------------- rewards and advantages
+# ------------------------------------------------------------------------------------- rewards and advantages
 
 
 def test_shaped_rewards_by_hand():
@@ -88,8 +88,10 @@ def test_mean_shaped_reward_is_the_exact_kl():
     first, second = (torch.randn(2, 2, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     policy, reference = torch.stack((first, second))  # rows: of the first and of the second token
     answers = list(itertools.product(range(2), repeat=2))
-    of = [[torch.stack([p[t, token] for t, token in enumerate(x)]) for x in answers] for p in (policy, reference)]
-    log_probs, reference_log_probs = map(torch.stack, of)
+    log_probs, reference_log_probs = (
+        torch.stack([torch.stack([p[t, token] for t, token in enumerate(answer)]) for answer in answers])
+        for p in (policy, reference)
+    )
     scores, weights = torch.randn(4, dtype=torch.float64), log_probs.sum(1).exp()
     rewards = ppo.shaped_rewards(scores, log_probs, reference_log_probs, masks(2, 2, 2, 2), 0.7).sum(1)
     kl = F.kl_div(reference, policy, log_target=True, reduction="sum")  # of two independent tokens
@@ -135,7 +137,7 @@ def test_adapted_kl_coef_by_hand():
     assert ppo.adapted_kl_coef(kl_coef, 8.0, ppo.Args()).item() == 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 def test_policy_loss_by_hand():
@@ -161,13 +163,10 @@ def test_policy_loss_is_that_of_the_other_script():
 def test_approx_kl_is_the_exact_one_in_the_mean():
     """k3 over all answers of one token, each with its probability under the old policy."""
     old, new = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
-    _, metrics = ppo.policy_loss(new[:, None], old[:, None], old[:, None].exp(), masks(*[1] * 9), clip_coef=0.2)
-    per_token = [
-        ppo.policy_loss(*(x.view(1, 1) for x in (a, b, a)), masks(1), clip_coef=0.2)[1]["losses/approx_kl"]
-        for a, b in zip(new, old)
-    ]
-    assert metrics["losses/approx_kl"].item() == pytest.approx(sum(per_token).item() / 9)
-    mean = sum(p.exp() * x for p, x in zip(old, per_token))
+    mean = 0
+    for a, b in zip(new, old):
+        _, metrics = ppo.policy_loss(*(x.view(1, 1) for x in (a, b, a)), masks(1), clip_coef=0.2)
+        mean += b.exp() * metrics["losses/approx_kl"]
     torch.testing.assert_close(mean, F.kl_div(new, old, log_target=True, reduction="sum"))
 
 
@@ -231,7 +230,7 @@ def save_peer(family: str, folder: Path, tokenizer, kind: str = "CausalLM", **ch
 
 
 def random_sequences(count: int, prompts: int = 3) -> list[ppo.Sequence]:
-    """Completions of a few prompts; some neighbours share theirs. No token is 0, which pads in transformers."""
+    """Completions of a few prompts, some of which neighbours share; no token is 0, the padding there."""
 
     def tokens(low: int, high: int) -> list[int]:
         return torch.randint(3, 61, (int(torch.randint(low, high, ())),)).tolist()
@@ -347,7 +346,7 @@ def test_step_of_the_reward_model_is_a_plain_one(tmp_path, tokenizer):
         torch.testing.assert_close(old - x.detach(), gradient, atol=1e-5, rtol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- rankings
+# --------------------------------------------------------------------------------------------------- rankings
 
 
 def reader(tokenizer, context: int = 64) -> ppo.Transformer:
@@ -429,7 +428,7 @@ def test_rows_of_messages(tmp_path, chat_tokenizer):
         ({"prompt": "the", "completions": [" nice.", 5]}, "without text in a completion", {}),
         ({"prompt": "the", "completions": [" nice.", " odd.", " nice."]}, "with two equal completions", {}),
         ({"prompt": "the" * 70, "chosen": " a", "rejected": " b"}, "longer than the limit", {}),
-        ({"prompt": "the", "chosen": [assistant("1")], "rejected": [assistant("2")]}, "both text or both", {}),
+        ({"prompt": "the", "completions": [[assistant("1")], [assistant("2")]]}, "both text or both", {}),
         (
             {"chosen": [user("1"), assistant("2")], "rejected": [user("3"), assistant("2")]},
             "whose completions answer different prompts",
@@ -454,7 +453,7 @@ def test_every_pass_over_the_data_is_a_permutation():
     assert ppo.drawn(10, 2, 4, seed=3) == rows[2]
 
 
-# --------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(
@@ -509,7 +508,7 @@ def test_arguments_at_their_bounds_are_taken():
     assert all(ppo.Args(stage=x, resume="a").first_step == step for x, step in steps.items())
 
 
-# --------------------------------------------------------------------------------------------------- short runs
+# ------------------------------------------------------------------------------------------------- short runs
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "sft_steps": 100, "sft_batch_size": 16}
 TINY |= {"sft_learning_rate": 1e-2, "num_rankings": 64, "reward_steps": 12, "reward_batch_size": 8}
@@ -558,9 +557,9 @@ def models(finished_run) -> dict[str, str]:
     return {"stage": "ppo"} | {name: str(folder) for name, folder in folders.items()}
 
 
-PPO_METRICS = """reward true_reward objective/kl objective/entropy objective/rlhf_reward kl_coef learning_rate
-    num_tokens grad_norm completions/mean_length completions/clipped_ratio losses/policy_loss losses/value_loss
-    losses/approx_kl losses/clip_fraction losses/value_clip_fraction losses/value_grad_norm
+PPO_METRICS = """reward true_reward objective/kl objective/entropy objective/rlhf_reward kl_coef
+    learning_rate num_tokens grad_norm completions/mean_length completions/clipped_ratio losses/policy_loss
+    losses/value_loss losses/approx_kl losses/clip_fraction losses/value_clip_fraction losses/value_grad_norm
     losses/explained_variance""".split()
 EVALUATED = "true_reward learned_reward kl_to_reference mean_length clipped_ratio distinct".split()
 
@@ -593,10 +592,13 @@ def test_what_is_logged(finished_run):
 
 def test_files_of_a_run(finished_run, tokenizer):
     """Each stage leaves a folder that transformers reads; the rows are ranked by the true reward."""
-    for name, kind in (("reference", "CausalLM"), ("model", "CausalLM"), ("reward_model", "SequenceClassification")):
-        peer = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(finished_run / name)
+    kinds = {"reference": "CausalLM", "model": "CausalLM", "reward_model": "SequenceClassification"}
+    for name, kind in kinds.items():
+        folder = finished_run / name
+        peer = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
         assert type(peer).__name__ == f"LlamaFor{kind}"
-        assert transformers.AutoTokenizer.from_pretrained(finished_run / name).get_vocab() == tokenizer.get_vocab()
+        vocabulary = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+        assert vocabulary == tokenizer.get_vocab()
     rows = [json.loads(line) for line in (finished_run / "rankings.jsonl").open()]
     assert {*rows[0]} == {"prompt", "chosen", "rejected", "true_rewards", "held_out"}
     for row in rows:
@@ -622,7 +624,8 @@ def test_rankings_follow_the_true_reward(models):
         assert all(ordered) if noise == 0 else 0.2 < np.mean(ordered) < 0.8
         for row in rows:
             assert len({*row["true_rewards"]}) == len(row["completions"])
-            np.testing.assert_allclose(ppo.sentiment_reward([], row["completions"]), row["true_rewards"], rtol=1e-6)
+            found = ppo.sentiment_reward([], row["completions"])
+            np.testing.assert_allclose(found, row["true_rewards"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("stage", SECTIONS)
@@ -645,10 +648,262 @@ def test_killed_in_each_stage(stage, finished_run, tmp_path, capsys):
 
 def test_stages_one_by_one_are_the_whole(finished_run, tmp_path):
     """The same command with another --stage goes on; the result is that of one run."""
-    for stage, step in (("sft", None), ("reward-model", -12), ("all", -1)):
+    for stage in ("sft", "reward-model", "all"):
         folder = train(tmp_path, stage=stage, run_name="steps")
         assert (folder / "reference").is_dir()
         assert (folder / "reward_model").is_dir() == (stage != "sft")
         assert (folder / "model").is_dir() == (stage == "all")
-        assert step is None or True
     assert_same_run(folder, finished_run)
+
+
+def the_run(folder: Path) -> Path:
+    """The only run there."""
+    (run,) = folder.iterdir()
+    return run
+
+
+def test_ppo_takes_models_from_elsewhere(models, finished_run, tmp_path):
+    """The stage alone, with the models of another run, is the same as after the stages before it."""
+    run = train(tmp_path, **models)
+    curves, expected = curves_of(run), curves_of(finished_run)
+    assert curves == {tag: expected[tag] for tag in expected if not re.match("sft/|reward_model/", tag)}
+    assert not (run / "reference").exists() and not (run / "reward_model").exists()
+
+
+def make_run_of_models(folder: Path, models: dict, **changes) -> tuple:
+    """Models, rollout and batch of a first step of PPO, outside of a run."""
+    args = ppo.Args(**TINY | models | {"max_completion_length": 32} | changes)
+    model, frozen = ppo.read_model(models["model"]), ppo.read_model(models["model"])
+    critic, reward_model = (ppo.read_model(models["reward_model"], kind=ppo.ScalarModel) for _ in range(2))
+    rollout = ppo.collect_rollout(model, ppo.Reviews(), None, 1, args)
+    batch, metrics = ppo.make_batch(rollout, frozen, reward_model, critic, torch.tensor(args.kl_coef), args)
+    return args, model, critic, rollout, batch, metrics
+
+
+def test_batch_of_a_step(models, tmp_path):
+    """At first the policy is the reference and V is the reward model: the last value target is the score."""
+    args, _, critic, rollout, batch, metrics = make_run_of_models(tmp_path, models, gae_lambda=1.0)
+    assert len(batch.sequences) == 16 and batch.mask.sum(1).tolist() == [len(y) for _, y in batch.sequences]
+    scores = ppo.final_scores(critic, rollout, args)
+    for row, (_, completion) in enumerate(batch.sequences):
+        np.testing.assert_allclose(batch.returns[row, : len(completion)], scores[row], atol=1e-3)
+    assert batch.advantages[batch.mask].mean().item() == pytest.approx(0, abs=1e-5)
+    assert batch.advantages[batch.mask].std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert metrics["reward"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    rewards = ppo.sentiment_reward([], rollout.texts)
+    assert metrics["true_reward"] == pytest.approx(np.mean(rewards), abs=1e-5)
+    entropy = -sum(ppo.sequence_log_probs(ppo.read_model(models["model"]), [x]) for x in batch.sequences) / 16
+    assert metrics["objective/entropy"] == pytest.approx(entropy.item(), rel=1e-3)
+    part = batch.select([3, 1])
+    end = max(len(completion) for _, completion in part.sequences)
+    assert part.mask.shape == (2, end) and torch.equal(part.returns, batch.returns[[3, 1], :end])
+
+
+@pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
+def test_step_does_not_depend_on_micro_batches(ptx_coef, models, tmp_path):
+    """Both networks move by the gradients of plain losses, of the demonstrations' likelihood too if asked."""
+    args, model, critic, _, batch, _ = make_run_of_models(tmp_path, models, ptx_coef=ptx_coef)
+    args = ppo.dataclasses.replace(args, max_grad_norm=1e9, micro_batch_size=5)
+    pretraining = ppo.demonstrations(model, ppo.Reviews(), None, 7, args) if ptx_coef else []
+    networks = [model, critic]
+    expected = []
+    for network in networks:
+        if network is model:
+            log_probs = ppo.completion_log_probs(model, batch.sequences)
+            loss, _ = ppo.policy_loss(
+                log_probs, batch.old_log_probs, batch.advantages, batch.mask, clip_coef=0.2
+            )
+            if pretraining:
+                tokens = sum(len(completion) for _, completion in pretraining)
+                loss = loss - 0.5 * ppo.sequence_log_probs(model, pretraining).sum() / tokens
+        else:
+            values = ppo.completion_values(critic, batch.sequences)
+            loss, _ = ppo.value_loss(values, batch.old_values, batch.returns, batch.mask, value_clip_coef=0.2)
+        gradients = torch.autograd.grad(loss, [*network.parameters()])
+        expected += [x.detach() - y for x, y in zip(network.parameters(), gradients, strict=True)]
+    optimizers = [torch.optim.SGD(network.parameters(), 1.0) for network in networks]
+    metrics = ppo.take_step(*networks, *optimizers, batch, pretraining, args)
+    found = [x.detach() for network in networks for x in network.parameters()]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
+    assert metrics["losses/approx_kl"] < 1e-6 and metrics["losses/clip_fraction"] == 0
+    assert ("losses/ptx_loss" in metrics) == bool(ptx_coef)
+
+
+def test_sft_step_is_that_of_the_other_scripts_warm_up(tmp_path):
+    """One step with the same numbers leaves the reference that dpo_llm.py makes; only its norm is smaller."""
+    import dpo_llm as dpo
+
+    shape = {
+        name: TINY[name] for name in ("hidden_size", "num_layers", "num_heads", "sft_batch_size", "bf16")
+    }
+    shape |= {"sft_steps": 5, "runs": str(tmp_path), "eval_interval": 0, "eval_prompts": 8, "seed": 3}
+    own = ppo.main(ppo.Args(**shape, stage="sft", run_name="own"))
+    with pytest.raises(SystemExit):  # it cannot write reviews yet
+        dpo.main(dpo.Args(**shape, run_name="other", num_pairs=4))
+    one, other = (ppo.load_file(tmp_path / x / "reference" / "model.safetensors") for x in ("own", "other"))
+    assert own == tmp_path / "own" and all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ptx_coef": 0.1, "kl_target": 0.5, "whiten_rewards": True, "norm_adv": False},
+        {"lora_rank": 2, "export": "adapters", "penalty_reward_value": None, "temperature": 0.7},
+    ],
+    ids=["mixes", "adapters"],
+)
+def test_resumed_with_other_flags(changes, models, tmp_path):
+    """Resumed from a checkpoint in between, with adapters and an adapted coefficient too."""
+    whole = train(tmp_path / "whole", **models | changes)
+    part = train(tmp_path / "part", **models | changes)
+    (part / "checkpoint.pt").unlink()  # that of step 2 takes its place
+    resume(part)
+    states = [ppo.load_checkpoint(run) for run in (whole, part)]
+    assert checkpoint_difference(*states) is None and curves_of(whole) == curves_of(part)
+    if "kl_target" in changes:
+        assert states[0]["kl_coef"] != 0.3 and "losses/ptx_loss" in curves_of(whole)
+    if "lora_rank" in changes:
+        assert {"score.weight", "score.bias"} < {*states[0]["critic"]}
+        assert all("lora_" in name for name in states[0]["model"])
+        moved = states[0]["critic"]["score.weight"]
+        begun = ppo.load_file(Path(models["reward_model"]) / "model.safetensors")["score.weight"]
+        assert not torch.equal(moved, begun)
+        assert (whole / "model" / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory, chat_tokenizer) -> str:
+    """A model of transformers with random weights, and a tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("peer")
+    save_peer("qwen2", folder, chat_tokenizer, initializer_range=0.1)
+    return str(folder)
+
+
+def test_dataset_of_rankings_with_adapters(peer, tmp_path):
+    """All stages on rankings of conversations, then PPO on prompts alone; there is no true reward."""
+    rows = [
+        {"prompt": [user(f"{i}")], "completions": [[assistant(x)] for x in ("1+", "2*3", "4")]}
+        for i in range(60)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {"model": peer, "dataset": data, "lora_rank": 2, "sft_steps": 2, "max_completion_length": 8}
+    run = train(tmp_path / "runs", **settings, reward_steps=3, max_steps=1, eval_interval=1)
+    curves = curves_of(run)
+    assert {"sft/loss", "reward_model/eval_accuracy", "eval/learned_reward", "reward"} <= {*curves} | {
+        "sft/loss"
+    }
+    assert "eval/true_reward" not in curves and "true_reward" not in curves
+    assert "reward_model/true_accuracy" not in curves
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    folders = {"model": str(run / "reference"), "reward_model": str(run / "reward_model"), "stage": "ppo"}
+    settings |= {"dataset": prompts, "max_steps": 1, "eval_interval": 1}
+    again = train(tmp_path / "again", **settings | folders)
+    assert curves_of(again)["eval/kl_to_reference"][0] == pytest.approx(0, abs=1e-3)
+
+
+def test_two_processes_take_the_steps_of_one(models, tmp_path):
+    """One step of each stage: metrics, and the gradients that the first moments of the optimizers hold."""
+    settings = TINY | {"model": models["model"], "sft_steps": 1, "reward_steps": 1, "max_steps": 1}
+    settings |= {"eval_interval": 1, "num_minibatches": 1, "sft_learning_rate": 1e-4}
+    settings |= {"update_epochs": 1, "warmup_steps": 0, "num_rankings": 30, "micro_batch_size": 5}
+    one = train(tmp_path / "one", **settings)
+    run_two_processes(SCRIPT, 29521, *flags(**settings, runs=tmp_path / "two"), cwd=tmp_path)
+    two = the_run(tmp_path / "two")
+    assert (one / "rankings.jsonl").read_text() == (two / "rankings.jsonl").read_text()
+    states = [ppo.load_checkpoint(run) for run in (one, two)]
+    for name in ("optimizer", "critic_optimizer"):
+        moments = [[x["exp_avg"] for x in state[name]["state"].values()] for state in states]
+        for x, y in zip(*moments, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-3)
+    curves = [curves_of(run) for run in (one, two)]
+    assert curves[0].keys() == curves[1].keys()
+    for tag in curves[0].keys() - {"eval/distinct"}:  # which each process counts for itself
+        values = [[*x[tag].values()] for x in curves]
+        np.testing.assert_allclose(*values, rtol=2e-3, atol=1e-3, err_msg=tag)
+
+
+# ----------------------------------------------------------------------------------------- bad input to runs
+
+
+def test_missing_models_are_named(tmp_path, models, tokenizer):
+    run = train(tmp_path, stage="sft", sft_steps=2, run_name="begun")
+    message = refusal(resume, run, "--stage", "ppo")
+    assert "begun has no reward_model; run the stage that makes it, or give a folder" in message
+    other = ppo.make_tokenizer([*ppo.Reviews.vocabulary, "more"])
+    save_peer("llama", tmp_path / "other", other, "SequenceClassification", num_labels=1)
+    message = refusal(train, tmp_path, **models | {"reward_model": str(tmp_path / "other")})
+    assert "The reward model has another vocabulary than the policy" in message
+
+
+def test_models_may_move_but_not_change(tmp_path, models):
+    run = train(tmp_path, **models | {"max_steps": 1, "eval_interval": 0})
+    moved = tmp_path / "moved"
+    ppo.shutil.copytree(models["reward_model"], moved)
+    resume(run, "--max-steps", "2", "--reward-model", str(moved))
+    weights = ppo.load_file(moved / "model.safetensors")
+    ppo.save_file(weights | {"score.weight": weights["score.weight"] * 2}, moved / "model.safetensors")
+    message = refusal(resume, run, "--max-steps", "3", "--reward-model", str(moved))
+    assert f"began with another reward_model than {moved}" in message
+
+
+def test_model_that_writes_no_reviews_is_named(tmp_path):
+    assert "no two completions of Reviews of which one is better" in refusal(train, tmp_path, sft_steps=1)
+
+
+def test_batch_must_be_divisible_by_the_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(ppo, "rank_and_world", lambda: (0, 3))
+    assert "batch_size = 16 must be a multiple of 3 processes" in refusal(train, tmp_path)
+    monkeypatch.setattr(ppo, "rank_and_world", lambda: (0, 16))
+    assert "num_minibatches = 2 must divide them" in refusal(train, tmp_path)
+    monkeypatch.setattr(ppo, "rank_and_world", lambda: (0, 4))
+    assert "must be at least 4, one per process" in refusal(train, tmp_path, reward_batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "flag"), [("ranking_loss", "--reward-learning-rate"), ("value_loss", "--learning")]
+)
+def test_loss_that_is_not_finite_ends_the_run(loss, flag, models, tmp_path, monkeypatch):
+    function = getattr(ppo, loss)
+
+    def spoiled(*arguments, **keywords):
+        found = function(*arguments, **keywords)
+        return found * math.nan if loss == "ranking_loss" else (found[0] * math.nan, found[1])
+
+    monkeypatch.setattr(ppo, loss, spoiled)
+    settings = {"stage": "reward-model", "model": models["model"]} if loss == "ranking_loss" else models
+    message = refusal(train, tmp_path, **settings)
+    assert re.search(rf"is nan at step (-11|1); lower {flag}", message) and str(the_run(tmp_path)) in message
+
+
+def test_evaluate_prints_the_metrics(finished_run, capsys):
+    ppo.main(ppo.parse_args(["--evaluate", str(finished_run)]))
+    told = capsys.readouterr().out
+    values = dict(re.findall(r"(\w+) (-?\d+\.\d+)", told.split("evaluation")[1]))
+    curves = curves_of(finished_run)
+    for name in EVALUATED:
+        assert float(values[name]) == pytest.approx(curves[f"eval/{name}"][4], abs=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns(models, tmp_path):
+    """PPO raises the learned reward and, with this reward model, the true one."""
+    settings = {"max_steps": 12, "eval_interval": 12, "batch_size": 64, "num_minibatches": 4, "kl_coef": 0.05}
+    settings |= {
+        "learning_rate": 2e-3,
+        "value_learning_rate": 2e-3,
+        "micro_batch_size": 64,
+        "eval_prompts": 256,
+    }
+    reward = train(
+        tmp_path / "reward", stage="reward-model", model=models["model"], num_rankings=1500, reward_steps=80,
+        reward_batch_size=16, reward_learning_rate=5e-3, micro_batch_size=64, eval_prompts=256,
+    )  # fmt: skip
+    assert curves_of(reward)["reward_model/true_accuracy"][0] > 0.6
+    folders = {"model": models["model"], "reward_model": str(reward / "reward_model"), "stage": "ppo"}
+    curves = curves_of(train(tmp_path / "policy", **settings | folders))
+    learned, true = (list(curves[f"eval/{name}"].values()) for name in ("learned_reward", "true_reward"))
+    print(learned, true, curves_of(reward)["reward_model/true_accuracy"], curves["eval/kl_to_reference"])
+    assert learned[1] > learned[0] + 0.3 and true[1] > true[0] + 0.05
