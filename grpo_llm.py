@@ -74,6 +74,10 @@ class Args:
     # Task or dataset
     task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
+    reward_model: str | None = (
+        None  # folder or hub id of a reward model, which takes the place of the rewards
+    )
+    penalty_reward_value: float | None = -1.0  # replaces its score of a completion that was cut off
     dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
     eval_dataset: str | None = None  # held-out problems of its own; None holds out a tenth of the dataset
     prompt_column: str = "question"  # column of the dataset with the prompt, as text or as messages
@@ -350,7 +354,7 @@ class Group(NamedTuple):
     prompt: list[int]
     completions: Completions
     texts: list[str]
-    rewards: dict[str, Tensor]  # (G,) each: those of the task by name, and their weighted sum as "reward"
+    rewards: dict[str, Tensor]  # (G,) each, by name; what is learned from is "reward"
 
     @property
     def correctness(self) -> Tensor:
@@ -372,6 +376,9 @@ def sample_groups(
     completions = sample(model, prompts, uniforms.to(model.device), args, temperature)
     texts = model.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(G)], texts)
+    if task.reward_model:
+        sequences = [Sequence(prompts[i // G], tokens) for i, tokens in enumerate(completions.tokens)]
+        rewards["reward"] = final_scores(task.reward_model, sequences, completions.finished, args).cpu()
     groups = []
     for i, prompt in enumerate(prompts):
         rows = slice(i * G, (i + 1) * G)
@@ -536,6 +543,7 @@ def train(args: Args, run: Run) -> None:
     model = load_model(task, args, run)
     if args.dataset:
         task = Dataset(task, model, args, run)
+    task.reward_model = load_reward_model(model, args, run)
     length = args.max_completion_length or task.max_completion_length
     args = dataclasses.replace(args, max_completion_length=length)
     reference = Reference(model, run, keep=args.beta > 0 or args.ref_model_sync_steps > 0)
@@ -611,6 +619,7 @@ LIMITS = {  # the interval that flags have to lie in
                    beta lora_rank""",
     "(0, inf)": """learning_rate sft_learning_rate max_grad_norm temperature advantage_temperature epsilon
                    epsilon_high checkpoint_minutes lora_alpha""",
+    "(-inf, inf)": "penalty_reward_value",
     "[0, 4294967296)": "seed",
 }
 
@@ -1161,6 +1170,57 @@ class Reference:
                 copy.get_buffer(name).copy_(x)
 
 
+# ---------------------------------------------------------------------------------------------- scalar models
+
+
+class ScalarHead(nn.Linear):
+    """A type of its own, so that `freeze` leaves the weights in float32."""
+
+
+class ScalarModel(Transformer):
+    """A transformer with one number for each token in place of logits: a reward model, or a value model.
+
+    Its folder is that of a model for sequence classification in transformers, which ignores the bias of the
+    head: a constant, which no comparison of rewards depends on.
+    """
+
+    lm_head = property(lambda self: self.score)
+
+    def __init__(self, config: dict):
+        super().__init__(config | {"tie_word_embeddings": False})
+        del self._modules["lm_head"]
+        self.score = ScalarHead(config["hidden_size"], 1)
+        names = [name.partition("For")[0] for name in config.get("architectures") or ["Llama"]]
+        self.config["architectures"] = [f"{name}ForSequenceClassification" for name in names]
+        self.config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values (N,) of hidden states (N, size), in float32 even under autocast."""
+        return (hidden.float() * self.score.weight[0]).sum(-1) + self.score.bias
+
+    def load_state_dict(self, state: dict, *args, **options):
+        """Takes the weights of a language model too, with a new head in place of its own."""
+        state = {name: x for name, x in state.items() if not name.startswith("lm_head.")}
+        size = self.config["hidden_size"]  # deviation of the new head: Huang et al. 2024
+        if "score.weight" not in state:
+            state["score.weight"] = torch.randn(1, size) / math.sqrt(size + 1)
+        state.setdefault("score.bias", torch.zeros(1))
+        return super().load_state_dict(state, *args, **options)
+
+
+def load_reward_model(model: Transformer, args: Args, run: Run) -> ScalarModel | None:
+    """The frozen reward model, which reads the tokens of the policy; None without --reward-model."""
+    if not args.reward_model:
+        return None
+    reward_model = read_model(args.reward_model, run.device, None, ScalarModel)
+    if reward_model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise SystemExit(
+            "The reward model has another vocabulary than the policy, whose tokens it has to read"
+        )
+    run.identify("reward_model", args.reward_model, fingerprint(reward_model))
+    return freeze(reward_model, run.matrix_type)
+
+
 # ------------------------------------------------------------------------------ log-probabilities and sampler
 
 
@@ -1272,6 +1332,44 @@ def split(sequences: list[Sequence], args: Args, unit: int = 1) -> list[list[int
 def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
     """Log-probabilities (B,) of whole completions after their prompts."""
     return completion_log_probs(model, sequences).sum(1)
+
+
+def completion_values(model: ScalarModel, sequences: list[Sequence]) -> Tensor:
+    """Values (B, C) of the states in which the tokens of completions were chosen; 0 past the end of one."""
+    packed = pack(sequences, model.device)
+    hidden = model.hidden(packed.tokens, packed.positions, visible=packed.visible)
+    flat = model.values(hidden.flatten(0, 1)[packed.predictors])
+    lengths = torch.tensor([len(completion) for _, completion in sequences])
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
+
+
+def sequence_scores(model: ScalarModel, sequences: list[Sequence]) -> Tensor:
+    """Scores (B,) of whole completions, read at their last token."""
+    # One more token, whatever it is: its state is that in which all of the completion has been seen.
+    longer = [Sequence(prompt, [*completion, 0]) for prompt, completion in sequences]
+    ends = torch.tensor([len(completion) for _, completion in sequences], device=model.device)
+    return completion_values(model, longer).gather(1, ends[:, None])[:, 0]
+
+
+@torch.no_grad()
+def all_scores(model: ScalarModel, sequences: list[Sequence], args: Args) -> Tensor:
+    """Scores (B,) of this process, in micro-batches."""
+    parts = [[sequences[row] for row in part] for part in split(sequences, args)]
+    return torch.cat([sequence_scores(model, part) for part in parts])
+
+
+def final_scores(
+    reward_model: ScalarModel, sequences: list[Sequence], finished: Tensor, args: Args
+) -> Tensor:
+    """Scores (B,) of completions by the reward model, with a fixed one for those that were cut off.
+
+    Without it, endless text is the way to the highest score (Huang et al. 2024, detail on the EOS trick).
+    """
+    scores = all_scores(reward_model, sequences, args)
+    if args.penalty_reward_value is None:
+        return scores
+    return torch.where(finished, scores, args.penalty_reward_value)
 
 
 class Completions(NamedTuple):

@@ -562,15 +562,17 @@ def collect_rollout(model: Transformer, task, data: Data | None, step: int, args
     return sample_completions(model, task, data, range(first, first + args.batch_size)[rows], uniforms, args)
 
 
-def final_scores(reward_model: ScalarModel, rollout: Rollout, args: Args) -> Tensor:
+def final_scores(
+    reward_model: ScalarModel, sequences: list[Sequence], finished: Tensor, args: Args
+) -> Tensor:
     """Scores (B,) of completions by the reward model, with a fixed one for those that were cut off.
 
     Without it, endless text is the way to the highest score (Huang et al. 2024, detail on the EOS trick).
     """
-    scores = all_scores(reward_model, rollout.sequences, args)
+    scores = all_scores(reward_model, sequences, args)
     if args.penalty_reward_value is None:
         return scores
-    return torch.where(rollout.finished, scores, args.penalty_reward_value)
+    return torch.where(finished, scores, args.penalty_reward_value)
 
 
 class Batch(NamedTuple):
@@ -596,7 +598,7 @@ def make_batch(
 ) -> tuple[Batch, dict[str, float]]:  # fmt: skip
     """The rollout with its advantages, and metrics over all processes."""
     sequences, mask, length = rollout.sequences, rollout.mask, rollout.mask.shape[1]
-    scores = final_scores(reward_model, rollout, args)
+    scores = final_scores(reward_model, sequences, rollout.finished, args)
     reference_log_probs = log_probs_under(reference, sequences, length, args)
     rewards = shaped_rewards(scores, rollout.log_probs, reference_log_probs, mask, kl_coef.to(scores.device))
     if args.whiten_rewards:
@@ -1002,7 +1004,7 @@ def evaluate(
     uniforms = my_share(torch.rand(count, 1, args.max_completion_length, generator=generator))
     with run.precision:
         rollout = sample_completions(model, task, data, my_share(range(count)), uniforms, args, held_out=True)
-        scores = final_scores(reward_model, rollout, args)
+        scores = final_scores(reward_model, rollout.sequences, rollout.finished, args)
         with reference as frozen:
             length = rollout.mask.shape[1]
             log_ratios = rollout.log_probs - log_probs_under(frozen, rollout.sequences, length, args)

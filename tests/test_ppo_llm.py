@@ -310,11 +310,11 @@ def test_unfinished_completions_get_a_fixed_score(tmp_path, tokenizer):
     save_peer("llama", tmp_path, tokenizer)
     model, sequences = ppo.read_model(tmp_path, kind=ppo.ScalarModel), random_sequences(3)
     finished = torch.tensor([True, False, True])
-    rollout = ppo.Rollout([], sequences, [], None, None, finished, None)
     scores = ppo.all_scores(model, sequences, ppo.Args())
-    found = ppo.final_scores(model, rollout, ppo.Args(penalty_reward_value=-3.0))
+    found = ppo.final_scores(model, sequences, finished, ppo.Args(penalty_reward_value=-3.0))
     torch.testing.assert_close(found, torch.stack((scores[0], torch.tensor(-3.0), scores[2])))
-    torch.testing.assert_close(ppo.final_scores(model, rollout, ppo.Args(penalty_reward_value=None)), scores)
+    found = ppo.final_scores(model, sequences, finished, ppo.Args(penalty_reward_value=None))
+    torch.testing.assert_close(found, scores)
 
 
 def test_step_of_the_reward_model_is_a_plain_one(tmp_path, tokenizer):
@@ -684,7 +684,7 @@ def test_batch_of_a_step(models, tmp_path):
     """At first the policy is the reference and V is the reward model: the last value target is the score."""
     args, _, critic, rollout, batch, metrics = make_run_of_models(tmp_path, models, gae_lambda=1.0)
     assert len(batch.sequences) == 16 and batch.mask.sum(1).tolist() == [len(y) for _, y in batch.sequences]
-    scores = ppo.final_scores(critic, rollout, args)
+    scores = ppo.final_scores(critic, rollout.sequences, rollout.finished, args)
     for row, (_, completion) in enumerate(batch.sequences):
         np.testing.assert_allclose(batch.returns[row, : len(completion)], scores[row], atol=1e-3)
     assert batch.advantages[batch.mask].mean().item() == pytest.approx(0, abs=1e-5)
