@@ -367,45 +367,6 @@ class Reviews:
 TASKS = {"reviews": Reviews}
 
 
-def sample_rankings(reference: Transformer, task, args: Args) -> list[dict]:
-    """Rankings of completions sampled from the reference, in the form of the rows of a dataset.
-
-    The true reward ranks them; then each neighbour, from the best on, is swapped with the next one with
-    probability `label_noise`. Completions that were cut off are left out, and all but one of those with equal
-    rewards. Held-out prompts are included and marked.
-    """
-    problems = [draw(task, args.seed, i) for i in range(args.num_rankings)]
-    problems += [draw(task, args.seed, i, held_out=True) for i in range(args.eval_prompts)]
-    generator, noise = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
-    K = args.ranking_size
-    uniforms = torch.rand(len(problems), K, args.max_completion_length, generator=generator)
-    prompts = encode_prompts(reference, problems, args.max_completion_length)
-    completions = sample(reference, prompts, uniforms, args)
-    texts = reference.decode(completions.tokens)
-    rewards = score(task, [problem for problem in problems for _ in range(K)], texts)["reward"].tolist()
-    rows = []
-    for i, problem in enumerate(problems):
-        mine = [row for row in range(i * K, i * K + K) if completions.finished[row]]
-        different = list({rewards[row]: row for row in reversed(mine)}.values())
-        ranking = sorted(different, key=lambda row: -rewards[row])
-        for j in range(len(ranking) - 1):
-            if noise.random() < args.label_noise:
-                ranking[j], ranking[j + 1] = ranking[j + 1], ranking[j]
-        if len(ranking) < 2:
-            continue
-        prompt, answers = problem["prompt"], [texts[row] for row in ranking]
-        if reference.tokenizer.chat_template:
-            prompt = [{"role": "user", "content": problem.get("question", prompt)}]
-            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
-        columns = {args.chosen_column: answers[0], args.rejected_column: answers[-1]}
-        row = {args.prompt_column: prompt} | (columns if K == 2 else {args.ranking_column: answers})
-        row |= {"true_rewards": [rewards[row] for row in ranking]}
-        rows.append(row | {"held_out": is_held_out(problem["prompt"])})
-    if not rows:
-        raise SystemExit(f"The model writes no two completions of {args.task} of which one is better")
-    return rows
-
-
 # ------------------------------------------------------------------------- stage 1: supervised fine-tuning
 
 
@@ -951,6 +912,45 @@ def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> t
     if min(len(part.prompts) for part in parts) < rank_and_world()[1]:
         raise SystemExit("Too few prompts leave room for a completion; lower --max-completion-length")
     return parts
+
+
+def sample_rankings(reference: Transformer, task, args: Args) -> list[dict]:
+    """Rankings of completions sampled from the reference, in the form of the rows of a dataset.
+
+    The true reward ranks them; then each neighbour, from the best on, is swapped with the next one with
+    probability `label_noise`. Completions that were cut off are left out, and all but one of those with equal
+    rewards. Held-out prompts are included and marked.
+    """
+    problems = [draw(task, args.seed, i) for i in range(args.num_rankings)]
+    problems += [draw(task, args.seed, i, held_out=True) for i in range(args.eval_prompts)]
+    generator, noise = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
+    K = args.ranking_size
+    uniforms = torch.rand(len(problems), K, args.max_completion_length, generator=generator)
+    prompts = encode_prompts(reference, problems, args.max_completion_length)
+    completions = sample(reference, prompts, uniforms, args)
+    texts = reference.decode(completions.tokens)
+    rewards = score(task, [problem for problem in problems for _ in range(K)], texts)["reward"].tolist()
+    rows = []
+    for i, problem in enumerate(problems):
+        mine = [row for row in range(i * K, i * K + K) if completions.finished[row]]
+        different = list({rewards[row]: row for row in reversed(mine)}.values())
+        ranking = sorted(different, key=lambda row: -rewards[row])
+        for j in range(len(ranking) - 1):
+            if noise.random() < args.label_noise:
+                ranking[j], ranking[j + 1] = ranking[j + 1], ranking[j]
+        if len(ranking) < 2:
+            continue
+        prompt, answers = problem["prompt"], [texts[row] for row in ranking]
+        if reference.tokenizer.chat_template:
+            prompt = [{"role": "user", "content": problem.get("question", prompt)}]
+            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+        columns = {args.chosen_column: answers[0], args.rejected_column: answers[-1]}
+        row = {args.prompt_column: prompt} | (columns if K == 2 else {args.ranking_column: answers})
+        row |= {"true_rewards": [rewards[row] for row in ranking]}
+        rows.append(row | {"held_out": is_held_out(problem["prompt"])})
+    if not rows:
+        raise SystemExit(f"The model writes no two completions of {args.task} of which one is better")
+    return rows
 
 
 def load_rankings(model: Transformer, task, args: Args, run: Run) -> tuple[Data, Data]:

@@ -823,6 +823,43 @@ def test_two_processes_take_the_steps_of_one(models, tmp_path):
         np.testing.assert_allclose(*values, rtol=2e-3, atol=1e-3, err_msg=tag)
 
 
+def test_grpo_learns_from_the_reward_model(models, tmp_path):
+    """Its reward is the score, with a fixed one for what was cut off; the true one is logged beside it."""
+    import grpo_llm as grpo
+
+    settings = {name: models[name] for name in ("model", "reward_model")} | {"task": "ppo_llm:Reviews"}
+    settings |= {"num_prompts": 4, "num_generations": 4, "max_steps": 1, "eval_prompts": 8, "eval_samples": 1}
+    settings |= {"num_minibatches": 1, "bf16": False, "max_completion_length": 14, "runs": str(tmp_path)}
+    groups, sample_groups = [], grpo.sample_groups
+
+    def keep(*arguments):
+        groups.extend(sample_groups(*arguments))
+        return groups[-len(arguments[2]) :]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "sample_groups", keep)
+        run = grpo.main(grpo.Args(**settings, eval_interval=0))
+    scorer, cut_off = ppo.read_model(models["reward_model"], kind=ppo.ScalarModel), 0
+    for group in groups:
+        sequences = [ppo.Sequence(group.prompt, tokens) for tokens in group.completions.tokens]
+        scores = ppo.all_scores(scorer, sequences, ppo.Args())
+        expected = torch.where(group.completions.finished, scores, torch.tensor(-1.0))
+        torch.testing.assert_close(group.rewards["reward"], expected, atol=1e-4, rtol=1e-4)
+        cut_off += (~group.completions.finished).sum()
+    assert 0 < cut_off < 16
+    curves = curves_of(run)
+    assert curves["reward"][1] == pytest.approx(
+        np.mean([x.rewards["reward"].mean() for x in groups]), abs=1e-5
+    )
+    assert curves["rewards/sentiment/mean"][1] != curves["reward"][1]
+    weights = tmp_path / "moved"
+    ppo.shutil.copytree(models["reward_model"], weights)
+    (weights / "tokenizer.json").unlink()
+    ppo.make_tokenizer([*ppo.Reviews.vocabulary, "more"]).save_pretrained(weights)
+    message = refusal(grpo.main, grpo.Args(**settings | {"reward_model": str(weights)}))
+    assert "The reward model has another vocabulary than the policy" in message
+
+
 # ----------------------------------------------------------------------------------------- bad input to runs
 
 
