@@ -1214,9 +1214,7 @@ def load_reward_model(model: Transformer, args: Args, run: Run) -> ScalarModel |
         return None
     reward_model = read_model(args.reward_model, run.device, None, ScalarModel)
     if reward_model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise SystemExit(
-            "The reward model has another vocabulary than the policy, whose tokens it has to read"
-        )
+        raise SystemExit("The reward model reads the tokens of the policy, so it needs the same vocabulary")
     run.identify("reward_model", args.reward_model, fingerprint(reward_model))
     return freeze(reward_model, run.matrix_type)
 

@@ -370,20 +370,6 @@ TASKS = {"reviews": Reviews}
 # ------------------------------------------------------------------------- stage 1: supervised fine-tuning
 
 
-def demonstrations(model: Transformer, task, data: Data | None, batch: int, args: Args) -> list[Sequence]:
-    """Batch number `batch` of the demonstrations of the task, or of the best completions of the dataset."""
-    size = args.sft_batch_size
-    if data:
-        rows = drawn(len(data.rankings), batch, size, args.seed)
-        return [data.rankings[row].sequences[0] for row in rows]
-    # Problems of negative numbers, which the stages after it do not reach.
-    numbers = range(-(batch + 1) * size, -batch * size)
-    problems = [draw(task, args.seed, i) for i in numbers]
-    texts = [task.demonstration(x, random.Random(f"{args.seed} {i}")) for i, x in zip(numbers, problems)]
-    completions = model.encode([text + model.tokenizer.eos_token for text in texts], special_tokens=False)
-    return list(map(Sequence, encode_prompts(model, problems, 0), completions))
-
-
 def learn_demonstrations(model: Transformer, sequences: list[Sequence], weight: float, args: Args) -> Tensor:
     """Adds the gradient of the negative log-likelihood, a mean over tokens; returns it for all processes."""
     token_count = sum(len(completion) for _, completion in sequences)
@@ -461,8 +447,8 @@ def train_reward_model(task, args: Args, run: Run) -> None:
     run.start(model=model, optimizer=optimizer)
     for progress in run.iterations(begin=-args.reward_steps, end=0):
         batch = round(progress * args.reward_steps)
-        rate = args.reward_learning_rate * min((batch + 1) / 10, 1 - 0.95 * progress)
-        optimizer.param_groups[0]["lr"] = rate
+        rate = min((batch + 1) / 10, 1 - 0.95 * progress)
+        optimizer.param_groups[0]["lr"] = args.reward_learning_rate * rate
         rows = drawn(len(data.rankings), batch, args.reward_batch_size, args.seed)
         with run.precision:
             metrics = reward_step(model, optimizer, [data.rankings[row] for row in rows], args)
@@ -472,9 +458,9 @@ def train_reward_model(task, args: Args, run: Run) -> None:
         metrics = evaluate_reward_model(model, held_out.rankings, args)
         generator = torch.Generator().manual_seed(args.seed + 2 * EVALUATION_SEED)
         uniforms = torch.rand(args.eval_prompts, 1, args.max_completion_length, generator=generator)
-        numbers = my_share(range(args.eval_prompts))
-        rollout = sample_completions(reference, task, data, numbers, my_share(uniforms), args)
-        normalize(model, rollout.sequences, args)
+        numbers = range(args.eval_prompts)
+        samples = sample_completions(reference, task, data, my_share(numbers), my_share(uniforms), args)
+        normalize(model, samples.sequences, args)
     run.write({f"reward_model/{name}": x for name, x in metrics.items()})
     say("reward model: " + ", ".join(f"{name} {x:.3f}" for name, x in metrics.items()))
     export(model.save_pretrained, run.path / "reward_model")
@@ -566,16 +552,14 @@ def make_batch(
         rewards = whiten(rewards, mask, shift_mean=False)
     values = all_values(critic, sequences, length, args)
     advantages, returns = token_advantages(rewards, values, mask, args.gamma, args.gae_lambda)
-    return_variance = moments(returns, mask)[1]
-    unexplained = moments(returns - values, mask)[1] / return_variance.clamp(min=1e-8)
+    unexplained = moments(returns - values, mask)[1] / moments(returns, mask)[1].clamp(min=1e-8)
     if args.norm_adv:
         advantages = whiten(advantages, mask)
-    lengths = mask.sum(1).float()
     means = {
         "reward": scores,
         "objective/kl": (rollout.log_probs - reference_log_probs).sum(1),
         "objective/entropy": -rollout.log_probs.sum(1),  # of whole completions, estimated from the samples
-        "completions/mean_length": lengths,
+        "completions/mean_length": mask.sum(1),
         "completions/clipped_ratio": 1 - rollout.finished.float(),
     } | ({} if rollout.true_rewards is None else {"true_reward": rollout.true_rewards})
     totals = sum_over_ranks(torch.stack([x.to(scores).sum() for x in means.values()]))
@@ -621,9 +605,7 @@ def train_policy(task, args: Args, run: Run) -> None:
     critic = load_trainable("reward_model", ScalarModel, args, run)
     reward_model, reference = read_frozen("reward_model", ScalarModel, args, run), Reference(model, run, True)
     if reward_model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise SystemExit(
-            "The reward model has another vocabulary than the policy, whose tokens it has to read"
-        )
+        raise SystemExit("The reward model reads the tokens of the policy, so it needs the same vocabulary")
     data, held_out = load_rankings(model, None, args, run) if args.dataset else (None, None)
     optimizer, critic_optimizer = adam(model, eps=1e-5), adam(critic, eps=1e-5)
     kl_coef, num_tokens = torch.tensor(args.kl_coef), torch.tensor(0)
@@ -651,10 +633,9 @@ def train_policy(task, args: Args, run: Run) -> None:
             rows = [*range(len(batch.sequences))][i % args.num_minibatches :: args.num_minibatches]
             number = args.sft_steps + (run.step - 1) * args.update_epochs * args.num_minibatches + i
             pretraining = demonstrations(model, task, data, number, args) if args.ptx_coef else []
+            models = model, critic, optimizer, critic_optimizer
             with run.precision:  # for one step only: it caches casts of the weights, which change
-                minibatch = batch.select(rows)
-                models = model, critic, optimizer, critic_optimizer
-                updates.append(take_step(*models, minibatch, pretraining, args))
+                updates.append(take_step(*models, batch.select(rows), pretraining, args))
         kl_coef.copy_(adapted_kl_coef(kl_coef, metrics["objective/kl"], args))
 
         # 4. Log.
@@ -679,6 +660,9 @@ def train(args: Args, run: Run) -> None:
     task = None if args.dataset else make_task(args)
     limit = args.max_completion_length or (task.max_completion_length if task else 256)
     args = dataclasses.replace(args, max_completion_length=limit)
+    if run.step < args.first_step:
+        where = f"{run.path} is at step {run.step:,}, in an earlier stage"
+        raise SystemExit(f"{where}; resume it with --stage all")
     # Each stage begins with the seed, so that it is the same in a run of its own.
     if args.stage in ("all", "sft") and run.step < -args.reward_steps:
         torch.manual_seed(args.seed)
@@ -788,6 +772,22 @@ def drawn(count: int, batch: int, size: int, seed: int) -> list[int]:
     """The rows of batch 0, 1, ... of `count` rows; every pass over them has an order of its own."""
     positions = range(batch * size, (batch + 1) * size)
     return [shuffled(seed, position // count, count)[position % count] for position in positions]
+
+
+def demonstrations(model: Transformer, task, data: Data | None, batch: int, args: Args) -> list[Sequence]:
+    """Batch number `batch` of the demonstrations of the task, or of the best completions of the dataset."""
+    size = args.sft_batch_size
+    if data:
+        rows = drawn(len(data.rankings), batch, size, args.seed)
+        return [data.rankings[row].sequences[0] for row in rows]
+    if not hasattr(task, "demonstration"):
+        raise SystemExit(f"{args.task} has no demonstrations to learn from; --sft-steps 0 leaves them out")
+    # Problems of negative numbers, which the stages after it do not reach.
+    numbers = range(-(batch + 1) * size, -batch * size)
+    problems = [draw(task, args.seed, i) for i in numbers]
+    texts = [task.demonstration(x, random.Random(f"{args.seed} {i}")) for i, x in zip(numbers, problems)]
+    completions = model.encode([text + model.tokenizer.eos_token for text in texts], special_tokens=False)
+    return list(map(Sequence, encode_prompts(model, problems, 0), completions))
 
 
 def draw_prompts(
@@ -907,7 +907,7 @@ def load_data(source: str | Path, model: Transformer, args: Args, run: Run) -> t
                 part.rankings.append(row)
                 if len(row.prompt) + args.max_completion_length <= context:
                     part.prompts.append([*row.prompt])
-    if not all(part.rankings for part in parts):
+    if min(len(part.rankings) for part in parts) < rank_and_world()[1]:
         raise SystemExit(f"There are too few rows of use in {source}, or in --eval-dataset")
     if min(len(part.prompts) for part in parts) < rank_and_world()[1]:
         raise SystemExit("Too few prompts leave room for a completion; lower --max-completion-length")

@@ -857,7 +857,7 @@ def test_grpo_learns_from_the_reward_model(models, tmp_path):
     (weights / "tokenizer.json").unlink()
     ppo.make_tokenizer([*ppo.Reviews.vocabulary, "more"]).save_pretrained(weights)
     message = refusal(grpo.main, grpo.Args(**settings | {"reward_model": str(weights)}))
-    assert "The reward model has another vocabulary than the policy" in message
+    assert "it needs the same vocabulary" in message
 
 
 # ----------------------------------------------------------------------------------------- bad input to runs
@@ -866,11 +866,13 @@ def test_grpo_learns_from_the_reward_model(models, tmp_path):
 def test_missing_models_are_named(tmp_path, models, tokenizer):
     run = train(tmp_path, stage="sft", sft_steps=2, run_name="begun")
     message = refusal(resume, run, "--stage", "ppo")
-    assert "begun has no reward_model; run the stage that makes it, or give a folder" in message
+    assert "begun is at step -12, in an earlier stage; resume it with --stage all" in message
+    message = refusal(train, tmp_path, stage="ppo", run_name="new")
+    assert "new has no reference; run the stage that makes it, or give a folder" in message
     other = ppo.make_tokenizer([*ppo.Reviews.vocabulary, "more"])
     save_peer("llama", tmp_path / "other", other, "SequenceClassification", num_labels=1)
     message = refusal(train, tmp_path, **models | {"reward_model": str(tmp_path / "other")})
-    assert "The reward model has another vocabulary than the policy" in message
+    assert "it needs the same vocabulary" in message
 
 
 def test_models_may_move_but_not_change(tmp_path, models):
