@@ -70,7 +70,7 @@ class Args:
     num_steps: int = 64  # steps in each environment per iteration
     update_epochs: int = 10  # passes over the transitions of an iteration
     num_minibatches: int = 32  # minibatches per epoch; divides num_envs x num_steps
-    learning_rate: float = 3e-4  # step size of Adam at the start
+    learning_rate: float = 5e-4  # step size of Adam at the start
     anneal_lr: bool = True  # lower the learning rate linearly to 0 over total_timesteps
     gamma: float = 0.99  # discount factor, in [0, 1]
     gae_lambda: float = 0.9  # lambda of GAE, in [0, 1]: 0 trusts the value function, 1 the sampled return
@@ -123,7 +123,7 @@ class Agent(nn.Module):
     def __init__(self, observation_size: int, action_low, action_high, log_std: float = 0.0):
         super().__init__()
         self.actor = mlp([observation_size, 64, 64, len(action_low)], output_gain=0.01)
-        self.critic = mlp([observation_size, 64, 64, 1], output_gain=1.0)
+        self.critic = mlp([observation_size, 128, 128, 1], output_gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(action_low),), log_std))
         self.observation_statistics = RunningStatistics((observation_size,))
         self.return_statistics = RunningStatistics(())

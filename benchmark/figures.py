@@ -154,6 +154,35 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
         save(figure, path)
 
 
+def draw_scores(summaries: list[Summary], path: Path) -> None:
+    """Final evaluations: one panel per environment, one line per variant.
+
+    Dots are seeds, bars their means, the dotted line that of the first variant.
+    """
+    environments = list(dict.fromkeys(summary.task.environment for summary in summaries))
+    labels = list(dict.fromkeys(summary.task.label for summary in summaries))
+    columns = min(4, len(environments))
+    rows = -(-len(environments) // columns)
+    with rc_context(STYLE):
+        size = (2.6 * columns + 1.6, rows * (0.24 * len(labels) + 0.9))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes in grid.flat[len(environments) :]:
+            axes.set_visible(False)
+        for axes, environment in zip(grid.flat, environments, strict=False):
+            here = [summary for summary in summaries if summary.task.environment == environment]
+            axes.set(title=environment, xlabel=here[0].task.evaluation_name, ylim=(len(labels) - 0.5, -0.5))
+            axes.set_yticks(range(len(labels)), labels)
+            for summary in here:
+                scores, line = summary.evaluations[:, -1], labels.index(summary.task.label)
+                axes.scatter(
+                    scores, np.full(len(scores), line), color=COLORS[0], s=12, alpha=0.6, linewidth=0
+                )
+                axes.plot([scores.mean()] * 2, [line - 0.3, line + 0.3], color=COLORS[1], linewidth=2)
+            axes.axvline(here[0].evaluations[:, -1].mean(), color=COLORS[1], linestyle=":", linewidth=1)
+        save(figure, path)
+
+
 # What a run is drawn by: the first of each that it has logged.
 TRAINING_TAGS = (TRAINING, "reward", "rewards/accuracies", "loss")
 EVALUATION_TAGS = (EVALUATION, "eval/pass@1", "eval/true_reward", "eval/accuracy")

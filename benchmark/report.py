@@ -6,17 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.figures import draw_suite
+from benchmark.figures import draw_scores, draw_suite
 from benchmark.manifest import machine
 from benchmark.results import Summary, bootstrap_interval, interquartile_mean, summarize
 from benchmark.suites import Task
 
 
 def reference_ratio(scores: np.ndarray, reference: float) -> np.ndarray:
-    """Scores relative to a published figure, 1 where they are equal and more where they are better."""
-    return (
-        scores / reference if reference > 0 else reference / scores
-    )  # costs: twice the cost is half as good
+    """Scores relative to a published figure, 1 where they are equal and more, up to 2, where they are better.
+
+    Negative scores are costs, of which twice as much is half as good. Without the limit, one task on which
+    others fail would make up for several lost ones.
+    """
+    ratio = scores / reference if reference > 0 else reference / scores
+    return np.minimum(ratio, 2)
 
 
 def number(x: float) -> str:
@@ -64,6 +67,12 @@ def table_row(summary: Summary) -> list[str]:
     ]
 
 
+MOST_CURVES = 4  # variants whose learning curves can be told apart; more are drawn by their scores, too
+FIGURES = {
+    "steps": "Learning curves, steps",
+    "time": "Learning curves, time",
+    "scores": "Final evaluations: seeds, their means, and the mean of the first variant dotted",
+}
 TRAINING_CELL = "training"  # named after what it is in the suite
 HEADER = [
     "Environment",
@@ -108,8 +117,9 @@ def aggregates(summaries: list[Summary]) -> str:
         if len(groups) > 1:
             sentences.append(
                 f"`{label}`, final evaluation relative to the best published one (1 is equal, more is "
-                f"better): IQM over {len(groups)} environments {iqm_and_interval(groups)}, with the 95% "
-                "interval of a bootstrap stratified by environment.\n"
+                f"better, nothing counts more than 2): IQM over {len(groups)} environments "
+                f"{iqm_and_interval(groups)}, with the 95% interval of a bootstrap stratified by "
+                "environment.\n"
             )
     return "\n".join(sentences)
 
@@ -134,7 +144,7 @@ def provenance(manifests: list[dict]) -> str:
 
 
 def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) -> str:
-    """Writes {results}/{suite}/README.md and the figures {suite}_steps.png and {suite}_time.png.
+    """Writes {results}/{suite}/README.md and two figures, {suite}_{kind}.png for kinds of FIGURES.
 
     Returns the table; SystemExit if there are no results.
     """
@@ -144,12 +154,16 @@ def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) ->
             f"There are no results of suite {suite} in {results}; python -m benchmark run makes them"
         )
     figures.mkdir(parents=True, exist_ok=True)
+    several = len({summary.task.label for summary in summaries}) > MOST_CURVES
     images = []
-    for axis in ("steps", "time"):
-        path = figures / f"{suite}_{axis}.png"
-        draw_suite(summaries, path, axis)
+    for kind in ("steps", "scores" if several else "time"):
+        path = figures / f"{suite}_{kind}.png"
+        if kind == "scores":
+            draw_scores(summaries, path)
+        else:
+            draw_suite(summaries, path, axis=kind)
         link = Path(os.path.relpath(path, results / suite)).as_posix()
-        images.append(f"![Learning curves, {axis}]({link})\n")
+        images.append(f"![{FIGURES[kind]}]({link})\n")
     names = ", ".join(dict.fromkeys(task.training_name for task in tasks))
     header = [names.capitalize() if cell == TRAINING_CELL else cell for cell in HEADER]
     evaluation = ", ".join(dict.fromkeys(task.evaluation_name for task in tasks))

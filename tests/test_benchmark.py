@@ -139,6 +139,9 @@ def test_bootstrap_interval() -> None:
 def test_better_than_the_reference_is_more_than_one() -> None:
     np.testing.assert_allclose(reference_ratio(np.array([50.0, 200.0]), 100), [0.5, 2])
     np.testing.assert_allclose(reference_ratio(np.array([-8.0, -2.0]), -4), [0.5, 2])
+    np.testing.assert_allclose(
+        reference_ratio(np.array([700.0]), 100), [2]
+    )  # one task cannot make up for many
 
 
 def test_suites_give_commands_that_a_user_would_type() -> None:
@@ -313,6 +316,31 @@ def test_several_published_figures_and_a_panel_of_its_own(tmp_path: Path, monkey
     assert left.get_yscale() == "linear" and left.get_title() == f"One-v0: {tasks[0].training_name}"
     assert right.get_yscale() == "log" and right.get_title() == f"One-v0: {EVALUATION}"
     assert len(right.lines) == len(tasks) * 3  # two seeds and their mean each, no published figures
+
+
+def test_many_variants_are_drawn_by_their_scores(tmp_path: Path, monkeypatch) -> None:
+    tasks = [
+        Task("fake.py", environment, 1, label=label)
+        for label in ("all of it", "less", "much less", "little", "nothing")
+        for environment in ("One-v0", "Two-v0")
+    ]
+    for task in tasks[:-1]:  # one variant is missing in one environment
+        for seed in (1, 2):
+            last = 500 + 100 * tasks.index(task) + 10 * seed
+            write_result(tmp_path / "suite" / task.folder, seed, last=last)
+    drawn = {}
+    monkeypatch.setattr("benchmark.figures.save", lambda figure, path: drawn.update({path.stem: figure}))
+    write_report("suite", tasks, tmp_path, tmp_path)
+    one, two = drawn["suite_scores"].axes
+    assert [label.get_text() for label in one.get_yticklabels()] == [task.label for task in tasks[::2]]
+    assert len(one.collections) == 5 and len(two.collections) == 4
+    for line, task in enumerate(tasks[::2]):
+        scores = summarize("suite", task, tmp_path).evaluations[:, -1]
+        np.testing.assert_allclose(one.collections[line].get_offsets(), [[x, line] for x in scores])
+        np.testing.assert_allclose(one.lines[line].get_xdata(), scores.mean())
+    first = summarize("suite", tasks[0], tmp_path).evaluations[:, -1].mean()
+    np.testing.assert_allclose(one.lines[-1].get_xdata(), first)
+    assert "suite_time" not in drawn and "suite_scores.png" in (tmp_path / "suite" / "README.md").read_text()
 
 
 def test_lines_of_the_frontier() -> None:

@@ -332,9 +332,9 @@ def make_agent(
 def test_initial_weights():
     """Orthogonal of gain sqrt(2); 0.01 for the actions, so that the first ones are noise, and 1 for V."""
     agent = ppo.Agent(5, np.full(2, -1.0), np.full(2, 1.0), log_std=-0.7)
-    for network, gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
+    for network, width, gain in ((agent.actor, 64, 0.01), (agent.critic, 128, 1.0)):
         linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-        assert [layer.out_features for layer in linear[:2]] == [64, 64]
+        assert [layer.out_features for layer in linear[:2]] == [width, width]
         for layer, expected in zip(linear, (math.sqrt(2), math.sqrt(2), gain)):
             gains = torch.linalg.svdvals(layer.weight)
             torch.testing.assert_close(gains, torch.full_like(gains, expected), rtol=1e-5, atol=1e-7)
