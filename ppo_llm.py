@@ -117,7 +117,7 @@ class Args:
     max_completion_length: int | None = None  # tokens after which a completion is cut off; None: the task's
     temperature: float = 1.0  # of the sampling, and of the log-probabilities in the loss
     penalty_reward_value: float | None = -1.0  # replaces the score of a completion that was cut off
-    kl_coef: float = 0.3  # weight of the KL to the reference in the reward
+    kl_coef: float = 0.2  # weight of the KL to the reference in the reward
     kl_target: float | None = None  # KL per completion that kl_coef is adapted to; None keeps it fixed
     kl_gain: float = 0.1  # how fast kl_coef is adapted, in relative change per relative error
     gamma: float = 1.0  # discount factor, in [0, 1]
