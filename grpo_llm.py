@@ -376,9 +376,9 @@ def sample_groups(
     completions = sample(model, prompts, uniforms.to(model.device), args, temperature)
     texts = model.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(G)], texts)
-    if task.reward_model:
+    if reward_model := getattr(task, "reward_model", None):  # which `train` has set
         sequences = [Sequence(prompts[i // G], tokens) for i, tokens in enumerate(completions.tokens)]
-        rewards["reward"] = final_scores(task.reward_model, sequences, completions.finished, args).cpu()
+        rewards["reward"] = final_scores(reward_model, sequences, completions.finished, args).cpu()
     groups = []
     for i, prompt in enumerate(prompts):
         rows = slice(i * G, (i + 1) * G)

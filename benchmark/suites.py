@@ -471,7 +471,7 @@ SUITES: dict[str, list[Task]] = {
         *(ppo(*PPO_ALONE, "--kl-coef", x, label=f"ppo, learned reward, kl_coef {x}") for x in KL_COEFS),
         *(
             grpo_on_reviews(*LEARNED_REWARD, "--beta", x, label=f"grpo, learned reward, beta {x}")
-            for x in ("1", "0.3", "0.1")
+            for x in ("1", "0.3", "0.1", "0.03")
         ),
     ],
     "llm-ppo": [ppo()],
