@@ -699,6 +699,19 @@ def test_batch_of_a_step(models, tmp_path):
     assert part.mask.shape == (2, end) and torch.equal(part.returns, batch.returns[[3, 1], :end])
 
 
+def test_whitened_rewards(models, tmp_path):
+    """Scaled over all tokens, most of which have a reward of 0 as long as the policy is the reference."""
+    settings = {"gae_lambda": 1.0, "whiten_rewards": True}
+    args, _, critic, rollout, batch, _ = make_run_of_models(tmp_path, models, **settings)
+    scores, last = ppo.final_scores(critic, rollout.sequences, rollout.finished, args), batch.mask.sum(1) - 1
+    rewards = np.zeros(int(batch.mask.sum()))
+    rewards[: len(scores)] = scores  # in another order, which does not matter
+    factor = 1 / rewards.std()
+    shift = rewards.mean() * (1 - factor)  # the mean keeps its value
+    found = batch.returns.gather(1, last[:, None])[:, 0]
+    np.testing.assert_allclose(found, scores * factor + shift, atol=1e-3)
+
+
 @pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
 def test_step_does_not_depend_on_micro_batches(ptx_coef, models, tmp_path):
     """Both networks move by the gradients of plain losses, of the demonstrations' likelihood too if asked."""
