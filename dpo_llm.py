@@ -141,6 +141,11 @@ class Args:
         default_weight = 0.1 if self.loss == "dpo" else 0.0
         self.likelihood_weight = default_weight if self.sft_coef is None else self.sft_coef
 
+    @property
+    def first_step(self) -> int:
+        """The steps of the warm-up count up to 0."""
+        return 0 if self.model else -self.sft_steps
+
 
 # -------------------------------------------------------------------------------------------------- equations
 
@@ -617,7 +622,7 @@ def load_preferences(reference: Transformer, task, args: Args, run: Run) -> tupl
     train, held_out = load_data(source, reference, args, run)
     if args.has_reference:
         add_reference(reference, held_out, args)
-        if run.checkpoint and known.exists():  # of the same model and rows, so nothing is computed again
+        if run.is_warm and known.exists():  # of the same model and rows, so nothing is computed again
             train.reference, train.mismatched_reference = torch.load(known, weights_only=True)["log_probs"]
         elif not args.evaluate:
             add_reference(reference, train, args)
@@ -975,7 +980,9 @@ def make_model(task, args: Args) -> Transformer:
     return model
 
 
-def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
+def read_model(
+    source: str | Path, device="cpu", dtype=torch.float32, kind: type | None = None
+) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
 
@@ -987,7 +994,7 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    model = Transformer.from_pretrained(path, device, dtype)
+    model = (kind or Transformer).from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
     if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
         raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
@@ -1404,7 +1411,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     if args.model or run.is_warm:
         return
     group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
-    for progress in run.iterations(end=0):
+    for progress in run.iterations(begin=run.first_step, end=0):
         # Rise in 50 steps; fall to 5 percent over the second half.
         done = round(progress * args.sft_steps)
         group["lr"] = args.sft_learning_rate * min((done + 1) / 50, 1, 0.05 + 1.9 * (1 - progress))
@@ -1477,7 +1484,7 @@ class Run:
         self.matrix_type = torch.bfloat16 if is_bf16 else torch.float32
         # A copy, since `train` may change args. Where a run is found does not belong to it.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
-        self.first_step = 0 if args.model else -args.sft_steps
+        self.first_step = args.first_step
         self.step = self.last_step = self.first_step  # of the optimizer, now and before this iteration
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
@@ -1531,10 +1538,11 @@ class Run:
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
 
-        Restores the last checkpoint if there is one, and opens the logs.
+        Restores the last checkpoint if there is one, and opens the logs. A run of several stages calls it for
+        each, and without any state at the end of one: such a checkpoint has nothing to restore.
         """
         self.state = state
-        if self.checkpoint:
+        if "model" in self.checkpoint:
             torch.set_rng_state(self.checkpoint["generator"])
             for name, x in state.items():
                 if name not in self.checkpoint:
@@ -1542,9 +1550,10 @@ class Run:
                 restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
                 restore(self.checkpoint.pop(name))
             say(f"Resumed at step {self.step:,}")
-        elif self.args.resume:
+        elif self.args.resume and self.step == self.first_step:
             say(f"{self.path} has no checkpoint yet, so the run begins anew")
-        if self.rank or self.args.evaluate:
+        self.checkpoint = {}
+        if self.rank or self.args.evaluate or self.writer:
             return
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 
@@ -1557,14 +1566,16 @@ class Run:
         # Points after the checkpoint are purged; they will be logged again.
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1)
 
-    def iterations(self, evaluation: Callable | None = None, end: int | None = None) -> Iterator[float]:
-        """Yields the fraction of the steps up to `end` that is done; evaluates and saves if it is time.
+    def iterations(
+        self, evaluation: Callable | None = None, begin: int = 0, end: int | None = None
+    ) -> Iterator[float]:
+        """Yields the fraction of the steps from `begin` to `end` that is done; evaluates and saves if due.
 
         `evaluation` returns metrics and samples. Without it, as in the warm-up, checkpoints are due by the
-        clock only.
+        clock only, and not after the last step: it is saved together with what follows the steps.
         """
-        args, begin = self.args, 0 if evaluation else self.first_step
-        end, self.evaluation = args.max_steps if end is None else end, evaluation
+        args, end = self.args, self.args.max_steps if end is None else end
+        self.evaluation = evaluation
         if args.evaluate and self.step < 0:
             raise SystemExit(f"{self.path} is still in its warm-up; there is nothing to evaluate")
         if evaluation and (args.evaluate or self.step == 0):
@@ -1588,9 +1599,9 @@ class Run:
             last = self.step == end
             if evaluation and args.eval_interval and (last or self.due(args.eval_interval)):
                 self.evaluate()
-            due = evaluation and self.due(args.checkpoint_interval)
+            due = evaluation and (last or self.due(args.checkpoint_interval))
             minutes = (time.perf_counter() - self.saved_at) / 60
-            if evaluation and last or due or minutes > args.checkpoint_minutes:
+            if due or not last and minutes > args.checkpoint_minutes:
                 self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
@@ -1607,7 +1618,8 @@ class Run:
     def log(self, metrics: dict[str, float | Tensor]) -> None:
         """Adds one point to each curve, of time too, and shows progress."""
         self.write(metrics | {"time/elapsed": self.elapsed + self.seconds})
-        name = next(name for name in ("reward", "loss", "sft/loss") if name in metrics)
+        names = "reward", "loss", "sft/loss", "reward_model/loss"
+        name = next(name for name in names if name in metrics)
         line = f"{name} {float(metrics[name]):.3f}"
         self.progress.set_postfix_str(line, refresh=False)
         last, now = self.step == self.args.max_steps, time.perf_counter()
@@ -1620,7 +1632,8 @@ class Run:
         metrics = {name: float(x) for name, x in metrics.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):
-                flag = "--sft-learning-rate" if self.step <= 0 else "--learning-rate"
+                flags = {"sft": "--sft-learning-rate", "reward_model": "--reward-learning-rate"}
+                flag = flags.get(name.partition("/")[0], "--learning-rate")
                 where = f"{name} is {value} at step {self.step:,}; lower {flag}"
                 raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
         if self.rank:
@@ -1638,7 +1651,7 @@ class Run:
         values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
         say(f"step {self.step:>5,}: evaluation {values}")
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
-            say("Warning: the policy is over half a nat per token away from its reference; raise --beta")
+            say("Warning: the policy is over half a nat per token away from its reference; weigh the KL more")
         if metrics["clipped_ratio"] > 0.5:
             say("Warning: most completions are cut off; raise --max-completion-length")
         if self.args.evaluate:
@@ -1880,6 +1893,7 @@ def read_args(run: str | Path) -> Args:
 # may lie in another place: what is there is compared with the fingerprint in the checkpoint.
 MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
+MAY_MOVE = "model", "dataset", "eval_dataset"
 MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts"]
 
 
@@ -1894,7 +1908,7 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
 def check_changes(saved: dict, args: Args) -> None:
     """Ends the program if args differ from saved ones in a flag that may not change."""
     new = dataclasses.asdict(args)
-    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    new |= {name: saved[name] for name in MAY_MOVE if new[name] and saved[name]}
     refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
 
 

@@ -74,6 +74,10 @@ class Args:
     # Task or dataset
     task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
+    reward_model: str | None = (
+        None  # folder or hub id of a reward model, which takes the place of the rewards
+    )
+    penalty_reward_value: float | None = -1.0  # replaces its score of a completion that was cut off
     dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
     eval_dataset: str | None = None  # held-out problems of its own; None holds out a tenth of the dataset
     prompt_column: str = "question"  # column of the dataset with the prompt, as text or as messages
@@ -144,6 +148,11 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def first_step(self) -> int:
+        """The steps of the warm-up count up to 0."""
+        return 0 if self.model else -self.sft_steps
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -345,7 +354,7 @@ class Group(NamedTuple):
     prompt: list[int]
     completions: Completions
     texts: list[str]
-    rewards: dict[str, Tensor]  # (G,) each: those of the task by name, and their weighted sum as "reward"
+    rewards: dict[str, Tensor]  # (G,) each, by name; what is learned from is "reward"
 
     @property
     def correctness(self) -> Tensor:
@@ -367,6 +376,9 @@ def sample_groups(
     completions = sample(model, prompts, uniforms.to(model.device), args, temperature)
     texts = model.decode(completions.tokens)
     rewards = score(task, [problem for problem in problems for _ in range(G)], texts)
+    if reward_model := getattr(task, "reward_model", None):  # which `train` has set
+        sequences = [Sequence(prompts[i // G], tokens) for i, tokens in enumerate(completions.tokens)]
+        rewards["reward"] = final_scores(reward_model, sequences, completions.finished, args).cpu()
     groups = []
     for i, prompt in enumerate(prompts):
         rows = slice(i * G, (i + 1) * G)
@@ -531,6 +543,7 @@ def train(args: Args, run: Run) -> None:
     model = load_model(task, args, run)
     if args.dataset:
         task = Dataset(task, model, args, run)
+    task.reward_model = load_reward_model(model, args, run)
     length = args.max_completion_length or task.max_completion_length
     args = dataclasses.replace(args, max_completion_length=length)
     reference = Reference(model, run, keep=args.beta > 0 or args.ref_model_sync_steps > 0)
@@ -606,6 +619,7 @@ LIMITS = {  # the interval that flags have to lie in
                    beta lora_rank""",
     "(0, inf)": """learning_rate sft_learning_rate max_grad_norm temperature advantage_temperature epsilon
                    epsilon_high checkpoint_minutes lora_alpha""",
+    "(-inf, inf)": "penalty_reward_value",
     "[0, 4294967296)": "seed",
 }
 
@@ -1029,7 +1043,9 @@ def make_model(task, args: Args) -> Transformer:
     return model
 
 
-def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transformer:
+def read_model(
+    source: str | Path, device="cpu", dtype=torch.float32, kind: type | None = None
+) -> Transformer:
     """The model of a folder, or of an id on the Hugging Face hub, with its tokenizer."""
     from transformers import AutoTokenizer  # not above: it takes a second
 
@@ -1041,7 +1057,7 @@ def read_model(source: str | Path, device="cpu", dtype=torch.float32) -> Transfo
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             path = Path(snapshot_download(str(source), allow_patterns=patterns))
         tokenizer = AutoTokenizer.from_pretrained(path)
-    model = Transformer.from_pretrained(path, device, dtype)
+    model = (kind or Transformer).from_pretrained(path, device, dtype)
     model.tokenizer, model.eos_ids = tokenizer, model.eos_ids | {tokenizer.eos_token_id} - {None}
     if unknown := model.eos_ids - {*range(model.config["vocab_size"])}:
         raise SystemExit(f"{source} names {unknown} as tokens that end a text, which the model does not know")
@@ -1152,6 +1168,55 @@ class Reference:
         for name, x in state.items():
             with self as copy:
                 copy.get_buffer(name).copy_(x)
+
+
+# ---------------------------------------------------------------------------------------------- scalar models
+
+
+class ScalarHead(nn.Linear):
+    """A type of its own, so that `freeze` leaves the weights in float32."""
+
+
+class ScalarModel(Transformer):
+    """A transformer with one number for each token in place of logits: a reward model, or a value model.
+
+    Its folder is that of a model for sequence classification in transformers, which ignores the bias of the
+    head: a constant, which no comparison of rewards depends on.
+    """
+
+    lm_head = property(lambda self: self.score)
+
+    def __init__(self, config: dict):
+        super().__init__(config | {"tie_word_embeddings": False})
+        del self._modules["lm_head"]
+        self.score = ScalarHead(config["hidden_size"], 1)
+        names = [name.partition("For")[0] for name in config.get("architectures") or ["Llama"]]
+        self.config["architectures"] = [f"{name}ForSequenceClassification" for name in names]
+        self.config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values (N,) of hidden states (N, size), in float32 even under autocast."""
+        return (hidden.float() * self.score.weight[0]).sum(-1) + self.score.bias
+
+    def load_state_dict(self, state: dict, *args, **options):
+        """Takes the weights of a language model too, with a new head in place of its own."""
+        state = {name: x for name, x in state.items() if not name.startswith("lm_head.")}
+        size = self.config["hidden_size"]  # deviation of the new head: Huang et al. 2024
+        if "score.weight" not in state:
+            state["score.weight"] = torch.randn(1, size) / math.sqrt(size + 1)
+        state.setdefault("score.bias", torch.zeros(1))
+        return super().load_state_dict(state, *args, **options)
+
+
+def load_reward_model(model: Transformer, args: Args, run: Run) -> ScalarModel | None:
+    """The frozen reward model, which reads the tokens of the policy; None without --reward-model."""
+    if not args.reward_model:
+        return None
+    reward_model = read_model(args.reward_model, run.device, None, ScalarModel)
+    if reward_model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise SystemExit("The reward model reads the tokens of the policy, so it needs the same vocabulary")
+    run.identify("reward_model", args.reward_model, fingerprint(reward_model))
+    return freeze(reward_model, run.matrix_type)
 
 
 # ------------------------------------------------------------------------------ log-probabilities and sampler
@@ -1265,6 +1330,44 @@ def split(sequences: list[Sequence], args: Args, unit: int = 1) -> list[list[int
 def sequence_log_probs(model: Transformer, sequences: list[Sequence]) -> Tensor:
     """Log-probabilities (B,) of whole completions after their prompts."""
     return completion_log_probs(model, sequences).sum(1)
+
+
+def completion_values(model: ScalarModel, sequences: list[Sequence]) -> Tensor:
+    """Values (B, C) of the states in which the tokens of completions were chosen; 0 past the end of one."""
+    packed = pack(sequences, model.device)
+    hidden = model.hidden(packed.tokens, packed.positions, visible=packed.visible)
+    flat = model.values(hidden.flatten(0, 1)[packed.predictors])
+    lengths = torch.tensor([len(completion) for _, completion in sequences])
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).to(model.device)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # ignores the padding at the end of `flat`
+
+
+def sequence_scores(model: ScalarModel, sequences: list[Sequence]) -> Tensor:
+    """Scores (B,) of whole completions, read at their last token."""
+    # One more token, whatever it is: its state is that in which all of the completion has been seen.
+    longer = [Sequence(prompt, [*completion, 0]) for prompt, completion in sequences]
+    ends = torch.tensor([len(completion) for _, completion in sequences], device=model.device)
+    return completion_values(model, longer).gather(1, ends[:, None])[:, 0]
+
+
+@torch.no_grad()
+def all_scores(model: ScalarModel, sequences: list[Sequence], args: Args) -> Tensor:
+    """Scores (B,) of this process, in micro-batches."""
+    parts = [[sequences[row] for row in part] for part in split(sequences, args)]
+    return torch.cat([sequence_scores(model, part) for part in parts])
+
+
+def final_scores(
+    reward_model: ScalarModel, sequences: list[Sequence], finished: Tensor, args: Args
+) -> Tensor:
+    """Scores (B,) of completions by the reward model, with a fixed one for those that were cut off.
+
+    Without it, endless text is the way to the highest score (Huang et al. 2024, detail on the EOS trick).
+    """
+    scores = all_scores(reward_model, sequences, args)
+    if args.penalty_reward_value is None:
+        return scores
+    return torch.where(finished, scores, args.penalty_reward_value)
 
 
 class Completions(NamedTuple):
@@ -1469,7 +1572,7 @@ def warm_up(model: Transformer, optimizer: torch.optim.Optimizer, task, args: Ar
     if args.model or run.is_warm:
         return
     group, eos = optimizer.param_groups[0], model.tokenizer.eos_token
-    for progress in run.iterations(end=0):
+    for progress in run.iterations(begin=run.first_step, end=0):
         # Rise in 50 steps; fall to 5 percent over the second half.
         done = round(progress * args.sft_steps)
         group["lr"] = args.sft_learning_rate * min((done + 1) / 50, 1, 0.05 + 1.9 * (1 - progress))
@@ -1542,7 +1645,7 @@ class Run:
         self.matrix_type = torch.bfloat16 if is_bf16 else torch.float32
         # A copy, since `train` may change args. Where a run is found does not belong to it.
         self.arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None, "run_name": None}
-        self.first_step = 0 if args.model else -args.sft_steps
+        self.first_step = args.first_step
         self.step = self.last_step = self.first_step  # of the optimizer, now and before this iteration
         self.elapsed = 0.0  # seconds of training
         self.started = self.saved_at = self.shown_at = time.perf_counter()
@@ -1596,10 +1699,11 @@ class Run:
     def start(self, **state) -> None:
         """Takes everything that has state by name: tensors, and objects with state_dict and load_state_dict.
 
-        Restores the last checkpoint if there is one, and opens the logs.
+        Restores the last checkpoint if there is one, and opens the logs. A run of several stages calls it for
+        each, and without any state at the end of one: such a checkpoint has nothing to restore.
         """
         self.state = state
-        if self.checkpoint:
+        if "model" in self.checkpoint:
             torch.set_rng_state(self.checkpoint["generator"])
             for name, x in state.items():
                 if name not in self.checkpoint:
@@ -1607,9 +1711,10 @@ class Run:
                 restore = x.copy_ if isinstance(x, Tensor) else x.load_state_dict
                 restore(self.checkpoint.pop(name))
             say(f"Resumed at step {self.step:,}")
-        elif self.args.resume:
+        elif self.args.resume and self.step == self.first_step:
             say(f"{self.path} has no checkpoint yet, so the run begins anew")
-        if self.rank or self.args.evaluate:
+        self.checkpoint = {}
+        if self.rank or self.args.evaluate or self.writer:
             return
         from torch.utils.tensorboard import SummaryWriter  # not above: it takes a second
 
@@ -1622,14 +1727,16 @@ class Run:
         # Points after the checkpoint are purged; they will be logged again.
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1)
 
-    def iterations(self, evaluation: Callable | None = None, end: int | None = None) -> Iterator[float]:
-        """Yields the fraction of the steps up to `end` that is done; evaluates and saves if it is time.
+    def iterations(
+        self, evaluation: Callable | None = None, begin: int = 0, end: int | None = None
+    ) -> Iterator[float]:
+        """Yields the fraction of the steps from `begin` to `end` that is done; evaluates and saves if due.
 
         `evaluation` returns metrics and samples. Without it, as in the warm-up, checkpoints are due by the
-        clock only.
+        clock only, and not after the last step: it is saved together with what follows the steps.
         """
-        args, begin = self.args, 0 if evaluation else self.first_step
-        end, self.evaluation = args.max_steps if end is None else end, evaluation
+        args, end = self.args, self.args.max_steps if end is None else end
+        self.evaluation = evaluation
         if args.evaluate and self.step < 0:
             raise SystemExit(f"{self.path} is still in its warm-up; there is nothing to evaluate")
         if evaluation and (args.evaluate or self.step == 0):
@@ -1653,9 +1760,9 @@ class Run:
             last = self.step == end
             if evaluation and args.eval_interval and (last or self.due(args.eval_interval)):
                 self.evaluate()
-            due = evaluation and self.due(args.checkpoint_interval)
+            due = evaluation and (last or self.due(args.checkpoint_interval))
             minutes = (time.perf_counter() - self.saved_at) / 60
-            if evaluation and last or due or minutes > args.checkpoint_minutes:
+            if due or not last and minutes > args.checkpoint_minutes:
                 self.save()
             if evaluation and not last and args.export_interval and self.due(args.export_interval):
                 self.export()
@@ -1672,7 +1779,8 @@ class Run:
     def log(self, metrics: dict[str, float | Tensor]) -> None:
         """Adds one point to each curve, of time too, and shows progress."""
         self.write(metrics | {"time/elapsed": self.elapsed + self.seconds})
-        name = next(name for name in ("reward", "loss", "sft/loss") if name in metrics)
+        names = "reward", "loss", "sft/loss", "reward_model/loss"
+        name = next(name for name in names if name in metrics)
         line = f"{name} {float(metrics[name]):.3f}"
         self.progress.set_postfix_str(line, refresh=False)
         last, now = self.step == self.args.max_steps, time.perf_counter()
@@ -1685,7 +1793,8 @@ class Run:
         metrics = {name: float(x) for name, x in metrics.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):
-                flag = "--sft-learning-rate" if self.step <= 0 else "--learning-rate"
+                flags = {"sft": "--sft-learning-rate", "reward_model": "--reward-learning-rate"}
+                flag = flags.get(name.partition("/")[0], "--learning-rate")
                 where = f"{name} is {value} at step {self.step:,}; lower {flag}"
                 raise SystemExit(f"{where}. {self.path} keeps the last checkpoint")
         if self.rank:
@@ -1703,7 +1812,7 @@ class Run:
         values = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items() if "/" not in name)
         say(f"step {self.step:>5,}: evaluation {values}")
         if metrics["kl_to_reference"] > 0.5 * metrics["mean_length"]:
-            say("Warning: the policy is over half a nat per token away from its reference; raise --beta")
+            say("Warning: the policy is over half a nat per token away from its reference; weigh the KL more")
         if metrics["clipped_ratio"] > 0.5:
             say("Warning: most completions are cut off; raise --max-completion-length")
         if self.args.evaluate:
@@ -1945,6 +2054,7 @@ def read_args(run: str | Path) -> Args:
 # may lie in another place: what is there is compared with the fingerprint in the checkpoint.
 MAY_CHANGE = """resume evaluate run_name runs max_steps device checkpoint_minutes export export_interval track
                 wandb_project_name wandb_entity""".split()
+MAY_MOVE = "model", "reward_model", "dataset", "eval_dataset"
 MAY_CHANGE_IN_EVALUATION = [*MAY_CHANGE, "seed", "eval_dataset", "eval_prompts", "eval_samples"]
 
 
@@ -1959,7 +2069,7 @@ def refuse_changes(saved: dict, arguments: dict, may_change: list[str]) -> None:
 def check_changes(saved: dict, args: Args) -> None:
     """Ends the program if args differ from saved ones in a flag that may not change."""
     new = dataclasses.asdict(args)
-    new |= {name: saved[name] for name in ("model", "dataset", "eval_dataset") if new[name] and saved[name]}
+    new |= {name: saved[name] for name in MAY_MOVE if new[name] and saved[name]}
     refuse_changes(saved, new, MAY_CHANGE_IN_EVALUATION if args.evaluate else MAY_CHANGE)
 
 

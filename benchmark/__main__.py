@@ -3,6 +3,7 @@
 python -m benchmark run --suite mujoco --seeds 5 --jobs 2    # runs what is missing
 python -m benchmark report --suite mujoco                    # tables and figures from the results
 python -m benchmark frontier --seeds 3                       # true reward against KL, language models
+python -m benchmark overoptimization --seeds 3                # learned and true reward against KL
 python -m benchmark curve runs/Hopper-v5__...                # learning curve of one run
 python -m benchmark speed                                    # steps per second beside the peers
 python -m benchmark memory                                   # what fits on which GPU, language models
@@ -98,6 +99,7 @@ def frontier(
     from benchmark.runs import list_jobs
 
     suite, tasks = find_suite("llm-frontier")
+    run("llm-ppo", seeds=seeds, jobs=jobs, results=results, runs=runs)  # makes the reward models
     run(suite, seeds=seeds, jobs=jobs, results=results, runs=runs)
     folders = [
         job.last_run() for job in list_jobs(suite, tasks[:1], seeds, results.resolve(), runs.resolve())
@@ -105,6 +107,25 @@ def frontier(
     if all(folders):  # else the runs were made elsewhere, and the lines with them
         write_lines([folder / "reference" for folder in folders], results / suite / "lines.csv")
     print(write_frontier(suite, tasks, results, figures))
+
+
+def overoptimization(
+    seeds: int = 3, jobs: int = 1, results: Path = RESULTS, figures: Path = FIGURES, runs: Path = RUNS
+) -> None:
+    """Run what is missing of the suite llm-overoptimization; figure of learned and true reward against KL.
+
+    Args:
+        seeds: runs per size of the reward model's data, with seeds 1 to this
+        jobs: runs at a time, each with one thread on one core
+        results: folder of the results
+        figures: folder of the figures
+        runs: folder of the run directories and logs
+    """
+    from benchmark.overoptimization import write_overoptimization
+
+    suite, tasks = find_suite("llm-overoptimization")
+    run(suite, seeds=seeds, jobs=jobs, results=results, runs=runs)
+    print(write_overoptimization(suite, tasks, results, figures))
 
 
 def curve(
@@ -165,6 +186,7 @@ if __name__ == "__main__":
             "run": run,
             "report": report,
             "frontier": frontier,
+            "overoptimization": overoptimization,
             "curve": curve,
             "speed": speed,
             "memory": memory,

@@ -102,7 +102,7 @@ def points_of(summary: Summary) -> np.ndarray:
 
 def method_of(summary: Summary) -> str:
     """What the label of the variant says before its beta."""
-    return summary.task.label.partition(",")[0]
+    return summary.task.label.rpartition(",")[0]
 
 
 def draw(summaries: list[Summary], lines: list[Line], path: Path) -> None:
@@ -113,14 +113,23 @@ def draw(summaries: list[Summary], lines: list[Line], path: Path) -> None:
         axes = figure.subplots()
         for line, style in zip(lines, ("-", "--"), strict=True):
             axes.plot(*line.points.T, color="black", linestyle=style, linewidth=1.2, label=line.name)
-        for method, color in zip(methods, COLORS[: len(methods)], strict=True):
+        colors = COLORS[:-1]  # the last one is that of the lines
+        for i, method in enumerate(methods):
+            color, marker = colors[i % len(colors)], "os"[i // len(colors)]
             mine = [points_of(summary) for summary in summaries if method_of(summary) == method]
             for points in mine:
                 x, y = points.reshape(2, -1)
                 axes.plot(x.clip(0, EDGE), y, ".", color=color, markersize=3, alpha=0.35, clip_on=False)
             x, y = np.array([points[..., -1].mean(1) for points in mine]).T
             axes.plot(
-                x.clip(0, EDGE), y, "o-", color=color, markersize=5, linewidth=1, label=method, clip_on=False
+                x.clip(0, EDGE),
+                y,
+                f"{marker}-",
+                color=color,
+                markersize=5,
+                linewidth=1,
+                label=method,
+                clip_on=False,
             )
         axes.set_xscale("function", functions=(np.sqrt, np.square))  # most of it happens below 1
         axes.set_xlim(0, EDGE)

@@ -30,7 +30,7 @@ class Task:
     """environment id; for a script without environments the name of what it does"""
     total_timesteps: int
     flags: tuple[str, ...] = ()
-    """further arguments, which make the variant"""
+    """further arguments, which make the variant; {seed} stands for the seed"""
     label: str = ""
     """name of the variant, which keeps its results apart; the script's own name if not given"""
     references: tuple[Reference, ...] = ()
@@ -68,7 +68,8 @@ class Task:
         environment = [self.environment_flag, self.environment] if self.environment_flag else []
         name = ["--exp-name", self.label] if self.label != Path(self.script).stem else []
         steps = [self.steps_flag, str(self.total_timesteps)]
-        return [self.script, *environment, "--seed", str(seed), *steps, *name, *self.flags]
+        flags = [flag.replace("{seed}", str(seed)) for flag in self.flags]
+        return [self.script, *environment, "--seed", str(seed), *steps, *name, *flags]
 
 
 def evaluation(value: float, source: str) -> Reference:
@@ -243,6 +244,16 @@ GRPO_ON_REVIEWS = ("--task", "dpo_llm:Reviews", "--sft-steps", "300", "--eval-pr
 GRPO_ON_REVIEWS += ("--eval-samples", "1")
 
 
+# The models that the suite llm-ppo has made with the same seed, for methods that start from them.
+RLHF_RUN = "runs/benchmark/llm-ppo/ppo_llm/reviews/seed{seed}/run"
+LEARNED_REWARD = ("--reward-model", f"{RLHF_RUN}/reward_model")
+PPO_ALONE = ("--stage", "ppo", "--model", f"{RLHF_RUN}/reference", *LEARNED_REWARD)
+# Reward models of fewer pairs, and what PPO makes of them without a KL to hold it back.
+NO_PENALTY = ("--kl-coef", "0", "--eval-interval", "5")
+KL_COEFS = ("2", "0.7", "0.2", "0.05")
+PAIRS_AND_STEPS = {"512": "32", "2048": "64", "16384": "225"}
+
+
 def grpo(*flags: str, label: str = "") -> Task:
     """Three-digit sums, for as many steps as are the default; both figures are of held-out prompts."""
     return Task(
@@ -259,6 +270,12 @@ def grpo(*flags: str, label: str = "") -> Task:
         evaluation_name="pass@1, greedy",
         other_tags=("reward", "eval/pass@8", "eval/kl_to_reference", "eval/mean_length", "entropy"),
     )
+
+
+def grpo_on_reviews(*flags: str, label: str) -> Task:
+    """The task of dpo_llm.py, which one of the flags names; only the first figure is used."""
+    task = grpo(*flags, *GRPO_ON_REVIEWS, label=label)
+    return replace(task, environment="reviews", environment_flag="", training_name="true reward")
 
 
 def dpo(*flags: str, label: str = "") -> Task:
@@ -282,6 +299,32 @@ def dpo(*flags: str, label: str = "") -> Task:
             "eval/rewards/margins",
             "eval/logps/chosen",
             "eval/logps/rejected",
+        ),
+    )
+
+
+def ppo(*flags: str, label: str = "") -> Task:
+    """RLHF on reviews, for as many steps as are the default; both figures are of held-out prompts."""
+    return Task(
+        "ppo_llm.py",
+        "reviews",
+        50,
+        flags,
+        label,
+        environment_flag="",
+        steps_flag="--max-steps",
+        training_tag="eval/true_reward",
+        training_name="true reward",
+        evaluation_tag="eval/learned_reward",
+        evaluation_name="learned reward",
+        other_tags=(
+            "eval/kl_to_reference",
+            "eval/mean_length",
+            "eval/clipped_ratio",
+            "eval/distinct",
+            "reward_model/true_accuracy",
+            "reward_model/eval_accuracy",
+            "kl_coef",
         ),
     )
 
@@ -423,15 +466,21 @@ SUITES: dict[str, list[Task]] = {
             for value in values
         ),
         *(dpo("--beta", value, label=f"dpo and likelihood, beta {value}") for value in ("1", "0.3", "0.1")),
+        *(grpo_on_reviews("--beta", beta, label=f"grpo, beta {beta}") for beta in ("0.3", "0.1", "0.03")),
+        # Both on the same learned reward; GRPO's KL is in its loss, PPO's in the reward.
+        *(ppo(*PPO_ALONE, "--kl-coef", x, label=f"ppo, learned reward, kl_coef {x}") for x in KL_COEFS),
         *(
-            replace(
-                grpo("--beta", beta, *GRPO_ON_REVIEWS, label=f"grpo, beta {beta}"),
-                environment="reviews",
-                environment_flag="",  # GRPO_ON_REVIEWS names the task
-                training_name="true reward",
-            )
-            for beta in ("0.3", "0.1", "0.03")
+            grpo_on_reviews(*LEARNED_REWARD, "--beta", x, label=f"grpo, learned reward, beta {x}")
+            for x in ("1", "0.3", "0.1", "0.03")
         ),
+    ],
+    "llm-ppo": [ppo()],
+    "llm-overoptimization": [
+        ppo(
+            *("--num-rankings", pairs, "--reward-steps", steps, *NO_PENALTY),
+            label=f"{int(pairs):,} pairs",
+        )
+        for pairs, steps in PAIRS_AND_STEPS.items()
     ],
     "smoke": [Task("ppo_continuous.py", "Pendulum-v1", 4096)],
 }

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import ablated, frontier, speed
+from benchmark import ablated, frontier, overoptimization, speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import COLORS, draw_run, save
 from benchmark.manifest import available_cores
@@ -378,6 +380,39 @@ def test_frontier_is_drawn_with_the_optimum_at_the_same_kl(tmp_path: Path) -> No
     assert cells[1][-1] == "–"  # further out than the line goes
     assert (tmp_path / "figures" / "frontier.png").stat().st_size > 1000
     assert text in (tmp_path / "frontier" / "README.md").read_text()
+
+
+def test_seed_in_the_flags() -> None:
+    """A method that starts from the models of another suite starts from those of its seed."""
+    (task,) = (x for x in SUITES["llm-frontier"] if x.label == "ppo, learned reward, kl_coef 0.2")
+    assert "runs/benchmark/llm-ppo/ppo_llm/reviews/seed3/run/reward_model" in task.arguments(3)
+    assert not any("{" in word for word in task.arguments(3))
+    folder = Path("runs/benchmark/llm-ppo") / SUITES["llm-ppo"][0].folder / "seed3/run"
+    assert f"{folder}/reference" in task.arguments(3)
+    assert frontier.method_of(SimpleNamespace(task=task)) == "ppo, learned reward"
+
+
+def test_over_optimization(tmp_path: Path) -> None:
+    """The best evaluation of each run, and the last one; the estimate of a KL may lie below 0."""
+    tasks = [replace(SUITES["llm-overoptimization"][0], label=label) for label in ("few", "many")]
+    for i, task in enumerate(tasks):
+        for seed in (1, 2):
+            folder = tmp_path / "over" / task.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            values = {"eval/true_reward": (0.4, 0.6 + 0.1 * i, 0.5), "eval/learned_reward": (0, 1, 2 + i)}
+            values |= {overoptimization.KL: (-0.01, 4, 9 * seed), overoptimization.ACCURACY: (0.8, "", "")}
+            columns = [values.get(tag, ("", "", "")) for tag in task.tags]
+            rows = [["step", *task.tags], *([step, *row] for step, row in zip((0, 5, 10), zip(*columns)))]
+            (folder / f"seed{seed}.csv").write_text("".join(",".join(map(str, x)) + "\n" for x in rows))
+            manifest = {"command": "python ppo_llm.py", "commit": "abc", "dirty": False, "packages": {}}
+            manifest |= {"processor": "A processor", "gpu": None}
+            (folder / f"seed{seed}.json").write_text(json.dumps(manifest))
+    text = overoptimization.write_overoptimization("over", tasks, tmp_path, tmp_path / "figures")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    few = ["0.60 ± 0.00", "1.00 ± 0.00", "4.00 ± 0.00", "0.50 ± 0.00", "2.00 ± 0.00", "13.5 ± 6.36"]
+    assert cells[0] == ["few", "2", "0.80 ± 0.00", *few] and cells[1][3] == "0.70 ± 0.00"
+    assert (tmp_path / "figures" / "over.png").stat().st_size > 1000
+    assert text in (tmp_path / "over" / "README.md").read_text()
 
 
 def test_curve_of_one_run(tmp_path: Path) -> None:

@@ -1214,7 +1214,7 @@ def load_parts(saved_model: str, **changes) -> tuple:
 class Workplace:
     """What an evaluation needs of a Run."""
 
-    rank, step, device, precision, checkpoint = 0, 1, CPU, contextlib.nullcontext(), {}
+    rank, step, device, precision, is_warm = 0, 1, CPU, contextlib.nullcontext(), False
 
     def __init__(self, path: Path):
         self.path = path

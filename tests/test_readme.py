@@ -28,6 +28,8 @@ TRAIN |= {"total_timesteps": 256, "eval_episodes": 1, "compile": False}
 TRAIN |= {"sft_steps": 10, "max_steps": 2, "num_prompts": 4, "num_generations": 4, "eval_prompts": 4}
 # Pairs need a model that has learned to write reviews.
 TRAIN_OF = {"dpo_llm": {"sft_steps": 100, "num_pairs": 100, "eval_prompts": 32}}
+TRAIN_OF["ppo_llm"] = {"sft_steps": 100, "num_rankings": 100, "eval_prompts": 32, "reward_steps": 2}
+TRAIN_OF["ppo_llm"] |= {"batch_size": 8}
 SMALL = {
     "--resume": "--total-timesteps 384",
     "--evaluate": "--eval-episodes 1",
