@@ -74,9 +74,7 @@ class Args:
     # Task or dataset
     task: str = "Arithmetic"  # generated problems and their rewards; module:Class imports a task of your own
     reward: Repeatable = field(default_factory=list)  # module:function[=weight] joins the rewards of the task
-    reward_model: str | None = (
-        None  # folder or hub id of a reward model, which takes the place of the rewards
-    )
+    reward_model: str | None = None  # folder or hub id of a reward model, in place of the rewards
     penalty_reward_value: float | None = -1.0  # replaces its score of a completion that was cut off
     dataset: str | None = None  # JSONL or Parquet file, or id[:configuration[:split]] on the Hugging Face hub
     eval_dataset: str | None = None  # held-out problems of its own; None holds out a tenth of the dataset

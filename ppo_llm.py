@@ -70,7 +70,7 @@ Repeatable = Annotated[list[str], tyro.conf.UseAppendAction]  # a flag that may 
 class Args:
     # Stages
     stage: Literal["all", "sft", "reward-model", "ppo"] = "all"  # which to run; the models stay in the run
-    reward_model: str | None = None  # folder or hub id of a reward model; --stage ppo only
+    reward_model: str | None = None  # folder or hub id: to train on, or for --stage ppo in place of its own
 
     # Task or dataset
     task: str = "Reviews"  # generated prompts and their reward; module:Class imports a task of your own
@@ -438,9 +438,12 @@ def normalize(model: ScalarModel, sequences: list[Sequence], args: Args) -> None
 
 
 def train_reward_model(task, args: Args, run: Run) -> None:
-    """Stage 2: the SFT model with a scalar head learns to rank. The result is the folder `reward_model`."""
+    """Stage 2: the SFT model with a scalar head learns to rank. The result is the folder `reward_model`.
+
+    With --reward-model that one learns on, from rankings of samples of --model.
+    """
     reference = read_frozen("reference", Transformer, args, run)
-    model = load_trainable("reference", ScalarModel, args, run)
+    model = load_trainable("reward_model" if args.reward_model else "reference", ScalarModel, args, run)
     with run.precision:
         data, held_out = load_rankings(reference, task, args, run)
     optimizer = adam(model)
@@ -706,15 +709,6 @@ def check(args: Args) -> None:
     if args.batch_size % args.num_minibatches:
         sizes = f"num_minibatches = {args.num_minibatches} must divide batch_size = {args.batch_size}"
         raise ValueError(sizes)
-    continues = args.resume or args.evaluate or args.run_name  # such a run may have models of its own
-    if args.reward_model and args.stage != "ppo" and not continues:
-        raise ValueError("a reward_model takes the place of the stages before PPO: give --stage ppo too")
-    if args.stage == "ppo" and not continues and not (args.model and args.reward_model):
-        raise ValueError("stage ppo needs the models of the others: --model and --reward-model, or --resume")
-    if args.stage == "reward-model" and not continues and not args.model:
-        raise ValueError("stage reward-model needs a model that writes: --model, or --resume after stage sft")
-    if not args.sft_steps and not args.model and not continues:
-        raise ValueError("a small model is made by sft_steps, so they cannot be 0 without --model")
     if args.export == "adapters" and not args.lora_rank:
         raise ValueError("without lora_rank there are no adapters to export")
     if args.dataset and args.reward:
@@ -2359,6 +2353,15 @@ def prepare(args: Args) -> torch.device:
         raise SystemExit("A dataset needs a model that has learned to read: give --model too")
     if args.eval_dataset and not args.dataset:
         raise SystemExit("eval_dataset belongs to a dataset: give --dataset too")
+    continues = args.resume or args.evaluate or args.run_name  # then the models may lie in the run
+    if args.reward_model and args.stage not in ("reward-model", "ppo") and not continues:
+        raise SystemExit("a reward_model needs --stage ppo, which it serves, or reward-model, to train it on")
+    if args.stage == "ppo" and not continues and not (args.model and args.reward_model):
+        raise SystemExit("stage ppo needs the models of the others: --model and --reward-model, or --resume")
+    if args.stage == "reward-model" and not continues and not args.model:
+        raise SystemExit("stage reward-model needs a model that writes: --model, or --resume after stage sft")
+    if not args.sft_steps and not args.model and not continues:
+        raise SystemExit("a small model is made by sft_steps, so they cannot be 0 without --model")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # started by torchrun
         if cuda:

@@ -11,7 +11,7 @@ import torch
 from helpers import REPOSITORY, read_curves, run_script
 
 import grpo_llm as grpo
-from examples import countdown
+from examples import countdown, iterative_grpo
 
 
 def test_expressions():
@@ -103,3 +103,42 @@ def test_task_of_the_page(tmp_path, monkeypatch):
     assert max(map(len, ids)) <= task.max_completion_length
     rewards = grpo.score(task, problems, texts)
     assert rewards["format"].all() and 0.1 < rewards["correctness"].mean() < 0.9
+
+
+def test_replay_is_a_share_of_the_rankings():
+    new, old = ([{"name": f"{kind} {i}"} for i in range(count)] for kind, count in (("new", 90), ("old", 40)))
+    mixed = iterative_grpo.with_replay(new, old, 0.1, seed=1)
+    replayed = [row["name"] for row in mixed if row.get("replayed")]
+    assert mixed[:90] == new and len(mixed) == 100 and len(set(replayed)) == 10
+    assert {*replayed} <= {row["name"] for row in old}
+    assert len(iterative_grpo.with_replay(new, old[:3], 0.1, seed=1)) == 93
+    assert iterative_grpo.with_replay(new, old, 0.0, seed=1) == new
+
+
+def test_iterative_grpo(tmp_path, capsys):
+    """Each iteration starts from policy and reward model of the one before; started again, it goes on."""
+    start = "--hidden-size 64 --num-layers 1 --sft-steps 100 --num-rankings 128 --reward-steps 3"
+    args = iterative_grpo.Args(iterations=1, max_steps=1, num_rankings=64, reward_steps=2, runs=str(tmp_path))
+    args.start_flags = f"{start} --eval-prompts 16"
+    iterative_grpo.main(args)
+    first = (tmp_path / "policy1" / "model" / "model.safetensors").read_bytes()
+    args.iterations = 2
+    iterative_grpo.main(args)
+    assert (tmp_path / "policy1" / "model" / "model.safetensors").read_bytes() == first
+    assert "Resumed at step 1" in capsys.readouterr().out
+    arguments = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/args.json"))
+    }
+    assert [*arguments] == ["policy1", "policy2", "reward_model1", "reward_model2", "start"]
+    assert arguments["policy2"]["model"] == arguments["reward_model1"]["model"]
+    assert arguments["policy2"]["model"] == str(tmp_path / "policy1" / "model")
+    assert arguments["policy2"]["reward_model"] == arguments["reward_model2"]["reward_model"]
+    assert arguments["policy2"]["reward_model"] == str(tmp_path / "reward_model1" / "reward_model")
+    rows = iterative_grpo.read_rows(tmp_path / "rankings2.jsonl")
+    assert 0.05 < sum("replayed" in row for row in rows) / len(rows) < 0.15
+    # The reward model of the last iteration learned on: it is not the one that it began with.
+    weights = [
+        (tmp_path / name / "reward_model" / "model.safetensors").read_bytes()
+        for name in ("start", "reward_model1", "reward_model2")
+    ]
+    assert len({*weights}) == 3

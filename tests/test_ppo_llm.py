@@ -484,11 +484,6 @@ def test_every_pass_over_the_data_is_a_permutation():
         ({"label_noise": 0.5}, "label_noise must lie in [0, 0.5), got 0.5"),
         ({"num_minibatches": 3}, "num_minibatches = 3 must divide batch_size = 256"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size = 100 must be a multiple of 2 x num_heads = 6"),
-        ({"sft_steps": 0}, "a small model is made by sft_steps, so they cannot be 0 without --model"),
-        ({"reward_model": "a", "model": "b"}, "takes the place of the stages before PPO: give --stage ppo"),
-        ({"stage": "ppo", "model": "a"}, "stage ppo needs the models of the others"),
-        ({"stage": "ppo", "reward_model": "a"}, "stage ppo needs the models of the others"),
-        ({"stage": "reward-model"}, "stage reward-model needs a model that writes"),
         ({"export": "adapters"}, "without lora_rank there are no adapters to export"),
         ({"dataset": "a.jsonl", "model": "b", "reward": ["sentiment=2"]}, "a dataset has none"),
         ({"resume": "a", "evaluate": "b"}, "resume, evaluate and run_name exclude each other"),
@@ -498,6 +493,21 @@ def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError) as error:
         ppo.Args(**changes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft_steps": 0}, "a small model is made by sft_steps, so they cannot be 0 without --model"),
+        ({"reward_model": "a", "model": "b"}, "a reward_model needs --stage ppo, which it serves"),
+        ({"stage": "ppo", "model": "a"}, "stage ppo needs the models of the others"),
+        ({"stage": "ppo", "reward_model": "a"}, "stage ppo needs the models of the others"),
+        ({"stage": "reward-model"}, "stage reward-model needs a model that writes"),
+    ],
+)
+def test_a_stage_needs_the_models_of_those_before_it(tmp_path, changes, message):
+    assert message in refusal(ppo.main, ppo.Args(**changes, runs=str(tmp_path)))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_arguments_at_their_bounds_are_taken():
@@ -649,7 +659,8 @@ def test_killed_in_each_stage(stage, finished_run, tmp_path, capsys):
 def test_stages_one_by_one_are_the_whole(finished_run, tmp_path):
     """The same command with another --stage goes on; the result is that of one run."""
     for stage in ("sft", "reward-model", "all"):
-        folder = train(tmp_path, stage=stage, run_name="steps")
+        # Through the command line, which reads the arguments of the run so far.
+        folder = ppo.main(ppo.parse_args(flags(**TINY, runs=tmp_path, stage=stage, run_name="steps")))
         assert (folder / "reference").is_dir()
         assert (folder / "reward_model").is_dir() == (stage != "sft")
         assert (folder / "model").is_dir() == (stage == "all")
@@ -668,6 +679,22 @@ def test_ppo_takes_models_from_elsewhere(models, finished_run, tmp_path):
     curves, expected = curves_of(run), curves_of(finished_run)
     assert curves == {tag: expected[tag] for tag in expected if not re.match("sft/|reward_model/", tag)}
     assert not (run / "reference").exists() and not (run / "reward_model").exists()
+
+
+def test_a_reward_model_learns_on(models, tmp_path):
+    """With hardly any step size, the result is the given one, but for the head, normalised anew."""
+    settings = {"stage": "reward-model", "reward_steps": 1, "reward_learning_rate": 1e-12}
+    run = train(tmp_path, **models | settings)
+    expected, result = (
+        ppo.read_model(folder, kind=ppo.ScalarModel).state_dict()
+        for folder in (models["reward_model"], run / "reward_model")
+    )
+    for name in expected:
+        if not name.startswith("score."):
+            torch.testing.assert_close(result[name], expected[name], msg=name)
+    ratio = result["score.weight"] / expected["score.weight"]
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=0)
+    assert ratio.mean() > 0
 
 
 def make_run_of_models(folder: Path, models: dict, **changes) -> tuple:

@@ -20,11 +20,11 @@ GROUPS = tomllib.loads((Path(__file__).parent / "shared_blocks.toml").read_text(
 LINES = {
     "a2c_cartpole.py": (378, 1154),
     "dpo_llm.py": (429, 1986),
-    "grpo_llm.py": (607, 2150),
+    "grpo_llm.py": (605, 2148),
     "ppo_atari.py": (361, 1175),
     "ppo_continuous.py": (338, 1095),
     "ppo_discrete.py": (306, 1055),
-    "ppo_llm.py": (678, 2408),
+    "ppo_llm.py": (681, 2411),
     "reinforce.py": (364, 1000),
     "trpo_mujoco.py": (415, 1172),
 }
