@@ -131,7 +131,7 @@ def test_what_is_logged(finished_run):
     assert curves["charts/episodic_length"].keys() == curves["charts/episodic_return"].keys() <= {*steps}
     # The first iteration learns at the full rate, the last one at the smallest above zero.
     np.testing.assert_allclose(
-        [*curves["charts/learning_rate"].values()], 3e-4 * np.arange(8, 0, -1) / 8, rtol=1e-6
+        [*curves["charts/learning_rate"].values()], 5e-4 * np.arange(8, 0, -1) / 8, rtol=1e-6
     )
     agent = ppo.Agent.load(finished_run)
     assert curves["losses/entropy"][1024] == pytest.approx(
@@ -993,7 +993,7 @@ def test_target_kl_ends_the_epochs(tmp_path):
 
 def test_constant_learning_rate(tmp_path):
     curves = read_curves(train(tmp_path, anneal_lr=False, eval_interval=0, total_timesteps=384))
-    np.testing.assert_allclose([*curves["charts/learning_rate"].values()], 3e-4, rtol=1e-6)
+    np.testing.assert_allclose([*curves["charts/learning_rate"].values()], 5e-4, rtol=1e-6)
 
 
 def random_return(env_id: str, episodes: int) -> float:
