@@ -1210,6 +1210,42 @@ class Completions(NamedTuple):
     finished: Tensor  # (P G,), False for completions that were cut off
 
 
+def pick(weights: Tensor, uniforms: Tensor, block: int = 128) -> Tensor:
+    """Indices (B, 1) in whose interval of the cumulative weights (B, V) the uniforms (B, 1) lie."""
+    if weights.shape[1] <= 32 * block:
+        cumulative = weights.cumsum(-1)
+        # Away from 0 and 1, where rounding could pick a token of almost no probability.
+        threshold = (uniforms * (1 - 2e-6) + 1e-6) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, threshold, right=True)
+    # A block first and then a token in it: a long running sum is slow, and rounds more.
+    padding, last = -weights.shape[1] % block, weights.shape[1] - 1
+    blocks = (F.pad(weights, (0, padding)) if padding else weights).unflatten(1, (-1, block))
+    ends = blocks.sum(-1).cumsum(-1)
+    threshold = (uniforms * (1 - 2e-6) + 1e-6) * ends[:, -1:]
+    chosen = torch.searchsorted(ends, threshold, right=True)
+    start, end = F.pad(ends, (1, 0)).gather(1, chosen), ends.gather(1, chosen)
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, block))[:, 0]
+    return (chosen * block + pick(inside, ((threshold - start) / (end - start)).clamp(0, 1))).clamp(max=last)
+
+
+SPAN = 64  # tokens of each row between two looks of the host at what a GPU has sampled
+
+
+def repeat_in_graph(step: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
+    """Calls step() on a GPU: once, and then as a CUDA graph, which launches its thousand kernels at once.
+
+    A graph repeats the same kernels on the same tensors, so step() has to change tensors in place, without a
+    wait for the GPU. The graph that is returned has to be kept until the GPU has finished.
+    """
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records; nothing runs yet
+        step()
+    for _ in range(times - 1):
+        graph.replay()
+    return graph
+
+
 @torch.no_grad()
 def generate(
     model: Transformer, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0
@@ -1221,44 +1257,58 @@ def generate(
     """
     (P, G, C), device = uniforms.shape, uniforms.device
     uniforms, eos = uniforms.flatten(0, 1), torch.tensor(sorted(model.eos_ids), device=device)
-    positions, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
+    starts, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
 
     # Each prompt is read once; its completions continue from copies of its keys and values.
     cache = model.new_cache(P, width)
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
     hidden = model.hidden(padded, torch.arange(width, device=device)[None], cache)
-    logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
+    logits = model.lm_head(hidden[torch.arange(P, device=device), starts - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
-    positions = positions.repeat_interleave(G)
+    starts = starts.repeat_interleave(G)
 
     tokens = torch.zeros(P * G, C, dtype=torch.long, device=device)
     log_probs = torch.zeros(P * G, C, device=device)
-    lengths = torch.full((P * G,), C, device=device)
-    finished = torch.zeros(P * G, dtype=torch.bool, device=device)
+    column = torch.zeros(1, dtype=torch.long, device=device)
     rows = torch.arange(P * G, device=device)  # those in the batch; some of them may have finished
-    for t in range(C):
+    alive = torch.ones(P * G, dtype=torch.bool, device=device)  # of these rows
+
+    def choose(logits: Tensor) -> None:
         distribution = (logits.float() / (temperature or 1.0)).log_softmax(-1)
         if temperature:
-            cumulative = distribution.exp().cumsum(-1)
-            # Away from 0 and 1, where rounding could pick a token of almost no probability.
-            threshold = (uniforms[rows, t, None] * (1 - 2e-6) + 1e-6) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, threshold, right=True)
+            chosen = pick(distribution.exp(), uniforms[rows, column][:, None])
         else:
             chosen = distribution.argmax(-1, keepdim=True)
-        tokens[rows, t], log_probs[rows, t] = chosen[:, 0], distribution.gather(1, chosen)[:, 0]
-        ends = rows[torch.isin(chosen[:, 0], eos) & ~finished[rows]]
-        lengths[ends], finished[ends] = t + 1, True
-        alive = ~finished[rows]
-        count = int(alive.sum())
-        if t == C - 1 or count == 0:
+        tokens[rows, column], log_probs[rows, column] = chosen[:, 0], distribution.gather(1, chosen)[:, 0]
+
+    def step() -> None:
+        last = tokens[rows, column][:, None]
+        hidden = model.hidden(last, (starts + column)[:, None], slots_in_use)
+        column.add_(1)
+        choose(model.lm_head(hidden[:, 0]))
+
+    choose(logits)
+    span = SPAN if device.type == "cuda" else 1
+    for t in range(1, C, span):  # every row has t tokens
+        alive &= ~torch.isin(tokens[rows, max(t - span, 0) : t], eos).any(1)
+        count = int(alive.sum())  # the one wait of the span
+        if count == 0:
             break
         keep = round_up(count, 64)
         if keep < 0.75 * len(rows):  # then copying the cache of the others costs less than carrying all
             going_on = alive.int().argsort(descending=True, stable=True)[:keep]
-            rows, positions, chosen = rows[going_on], positions[going_on], chosen[going_on]
+            rows, starts, alive = rows[going_on], starts[going_on], alive[going_on]
             cache = cache[:, :, going_on]
-        hidden = model.hidden(chosen, positions[:, None], cache)
-        logits, positions = model.lm_head(hidden[:, 0]), positions + 1
+        slots_in_use = cache
+        if device.type == "cuda":
+            times = min(span, C - t)
+            slots_in_use = cache[..., : round_up(width + t + times, 64), :]
+            graph = repeat_in_graph(step, times)  # noqa: F841, kept until the next wait
+        else:
+            step()
+    ends = torch.isin(tokens, eos)
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, C)
     log_probs *= torch.arange(C, device=device) < lengths[:, None]
     token_lists = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     return Completions(token_lists, log_probs, finished)
