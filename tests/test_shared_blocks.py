@@ -21,7 +21,7 @@ LINES = {
     "a2c_cartpole.py": (378, 1154),
     "dpo_llm.py": (425, 2042),
     "grpo_llm.py": (595, 2110),
-    "ppo_atari.py": (361, 1175),
+    "ppo_atari.py": (374, 1205),
     "ppo_continuous.py": (338, 1095),
     "ppo_discrete.py": (306, 1055),
     "reinforce.py": (364, 1000),
