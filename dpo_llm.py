@@ -58,6 +58,7 @@ import typeguard
 import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -746,12 +747,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, mask: BlockMask) -> Tensor:
+    """`attend` on a GPU for packed rows: blocks of slots that see nothing of each other are left out."""
+    attention = compile_once(flex_attention, dynamic=True) if q.is_cuda else flex_attention
+    q, D = q.transpose(1, 2), q.shape[-1]
+    if D < 16:  # the least that the kernel takes
+        q, keys, values = (F.pad(x, (0, 16 - D)) for x in (q, keys, values))
+    out = attention(q, keys, values, block_mask=mask, scale=D**-0.5, enable_gqa=True)
+    return out[..., :D].transpose(1, 2)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | BlockMask) -> Tensor:
     """Attention (B, T, heads, D) of queries q (B, T, heads, D) to keys and values (B, key heads, S, D).
 
     `mask` (B or 1, groups T, S) is added to the scores. Queries that share a key head (Ainslie et al. 2023)
     are rows of one matrix. On a CPU, plain products are faster than PyTorch's kernel for small models.
     """
+    if isinstance(mask, BlockMask):
+        return attend_in_blocks(q, keys, values, mask)
     (B, T, heads, D), key_heads = q.shape, keys.shape[1]
     groups = heads // key_heads
     q = q.view(B, T, key_heads, groups, D).permute(0, 2, 3, 1, 4).reshape(B, key_heads, groups * T, D)
@@ -794,7 +807,8 @@ class Layer(nn.Module):
         attention, h = self.self_attn, self.input_layernorm(x)
         q, k, v = (attention[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if "q_norm" in attention:
-            q, k = attention["q_norm"](q), attention["k_norm"](k)
+            # In float32, the type of their weights: PyTorch has one kernel for that, and many for a mixture.
+            q, k = (attention[f"{name}_norm"](x.float()).type_as(x) for name, x in (("q", q), ("k", k)))
         q, k = rotate(q, *rotary).type_as(v), rotate(k, *rotary).type_as(v)
         if cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -839,7 +853,7 @@ class Transformer(nn.Module):
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, cache: Tensor | None = None,
-        visible: Tensor | None = None,
+        visible: Tensor | BlockMask | None = None,
     ) -> Tensor:  # fmt: skip
         """Input of the head (B, T, size) for tokens (B, T); padding at the end of a row changes nothing else.
 
@@ -853,10 +867,11 @@ class Transformer(nn.Module):
             visible = torch.arange(slots, device=tokens.device) <= positions[..., None]
         angles = positions[:, :, None, None] * self.frequencies  # (B or 1, T, 1, D / 2)
         rotary = angles.cos(), angles.sin()
-        # One mask for all layers, repeated for the queries that share a key.
-        groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
-        mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
+        mask = visible
+        if isinstance(visible, Tensor):  # one mask for all layers, repeated for the queries that share a key
+            groups = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+            mask = torch.zeros(visible.shape, dtype=self.dtype, device=tokens.device)
+            mask = mask.masked_fill_(~visible, -math.inf).repeat(1, groups, 1)
         x = self.model["embed_tokens"](tokens).type_as(self.model["norm"].weight)
         for i, layer in enumerate(self.model["layers"]):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -1116,9 +1131,20 @@ class Packed(NamedTuple):
 
     tokens: Tensor  # (R, W)
     positions: Tensor  # (R, W), of each token in its own sequence
-    visible: Tensor  # (R, W, W), whether a token sees another
+    visible: Tensor | BlockMask  # (R, W, W), whether a token sees another
     targets: Tensor  # (N,), the tokens of all completions, padded with zeros
     predictors: Tensor  # (N,), slots in R W of the tokens before them
+
+
+def block_mask(segments: Tensor, prompt_segments: Tensor) -> BlockMask:
+    """Which slots see which in rows with these segments (R, W), for flex_attention."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        other = segments[row, key]
+        return (query >= key) & ((other == segments[row, query]) | (other == prompt_segments[row, query]))
+
+    (R, W), device = segments.shape, segments.device
+    return create_block_mask(sees, R, None, W, W, device)
 
 
 PACKED_WIDTH = 128  # minimum row width: narrower rows waste slots, wider ones waste attention
@@ -1130,7 +1156,8 @@ def pack(sequences: list[Sequence], device: torch.device) -> Packed:
     Consecutive completions of one prompt follow a single copy of it: each sees the prompt and itself, at the
     positions that it would have alone.
     """
-    W = max(round_up(max(len(prompt) + len(completion) for prompt, completion in sequences)), PACKED_WIDTH)
+    W = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    W = max(round_up(W, 128 if device.type == "cuda" else 8), PACKED_WIDTH)  # flex_attention: blocks of 128
     tokens, positions, segments, prompt_segments = columns = [], [], [], []
     targets, predictors = [], []
 
@@ -1158,12 +1185,16 @@ def pack(sequences: list[Sequence], device: torch.device) -> Packed:
     spare = [0] * (round_up(len(targets), 64) - len(targets))
     targets, predictors = torch.tensor((targets + spare, predictors + spare), device=device)
     tokens, positions, segments, prompt_segments = torch.tensor(columns, device=device).view(4, -1, W)
+    if device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang"))):  # it has to be compiled
+        return Packed(tokens, positions, block_mask(segments, prompt_segments), targets, predictors)
     keys, queries = segments[:, None], segments[..., None]
     visible = ((keys == queries) | (keys == prompt_segments[..., None])).tril()
     return Packed(tokens, positions, visible, targets, predictors)
 
 
 HEAD_ELEMENTS = 2**25  # logits computed at a time: 128 MB in float32
+SPAN = 64  # tokens of each row between two looks of the host at what a GPU has sampled
+compile_once = lru_cache(torch.compile)  # the same compiled function for the same arguments
 
 
 def completion_log_probs(model: Transformer, sequences: list[Sequence], temperature: float = 1.0) -> Tensor:
@@ -1181,7 +1212,9 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
         logits = F.linear(hidden.to(model.dtype), model.lm_head.weight.to(model.dtype))
         return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
-    size = max(HEAD_ELEMENTS // model.lm_head.out_features, 1)
+    memory = torch.cuda.get_device_properties(hidden.device).total_memory if hidden.is_cuda else 0
+    # On a GPU parts take up to a tenth of the memory, since each adds a gradient of the whole head.
+    size = max(max(memory // 160, HEAD_ELEMENTS) // model.lm_head.out_features, 1)
     parts = list(zip(hidden.split(size), packed.targets.split(size)))
     if len(parts) == 1:
         flat = log_probs(*parts[0])
@@ -1217,6 +1250,37 @@ class Completions(NamedTuple):
     finished: Tensor  # (P G,), False for completions that were cut off
 
 
+def pick(weights: Tensor, uniforms: Tensor, block: int = 128) -> Tensor:
+    """Indices (B, 1) in whose interval of the cumulative weights (B, V) the uniforms (B, 1) lie."""
+    # Away from 0 and 1, where rounding could pick a token of almost no probability.
+    uniforms, V = uniforms * (1 - 2e-6) + 1e-6, weights.shape[1]
+    if V <= 32 * block:
+        cumulative = weights.cumsum(-1)
+        return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    # A block first and then a token in it: a long running sum is slow, and rounds more.
+    blocks = (F.pad(weights, (0, -V % block)) if V % block else weights).unflatten(1, (-1, block))
+    ends = blocks.sum(-1).cumsum(-1)
+    threshold = uniforms * ends[:, -1:]
+    chosen = torch.searchsorted(ends, threshold, right=True)
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, block))[:, 0]
+    share = 1 - (ends.gather(1, chosen) - threshold) / inside.sum(-1, keepdim=True)
+    return (chosen * block + pick(inside, share.clamp(0, 1))).clamp(max=V - 1)
+
+
+def repeat_in_graph(step: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
+    """Calls step() on a GPU: once, and then as a CUDA graph, which launches its thousand kernels at once.
+
+    step() changes tensors in place and never waits. The result has to be kept until the GPU has finished.
+    """
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records; nothing runs yet
+        step()
+    for _ in range(times - 1):
+        graph.replay()
+    return graph
+
+
 @torch.no_grad()
 def generate(
     model: Transformer, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0
@@ -1228,44 +1292,50 @@ def generate(
     """
     (P, G, C), device = uniforms.shape, uniforms.device
     uniforms, eos = uniforms.flatten(0, 1), torch.tensor(sorted(model.eos_ids), device=device)
-    positions, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
+    starts, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
 
     # Each prompt is read once; its completions continue from copies of its keys and values.
     cache = model.new_cache(P, width)
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
     hidden = model.hidden(padded, torch.arange(width, device=device)[None], cache)
-    logits = model.lm_head(hidden[torch.arange(P, device=device), positions - 1]).repeat_interleave(G, 0)
+    logits = model.lm_head(hidden[torch.arange(P, device=device), starts - 1]).repeat_interleave(G, 0)
     cache = F.pad(cache, (0, 0, 0, round_up(width + C) - width)).repeat_interleave(G, 2)
-    positions = positions.repeat_interleave(G)
+    starts = starts.repeat_interleave(G)
 
     tokens = torch.zeros(P * G, C, dtype=torch.long, device=device)
     log_probs = torch.zeros(P * G, C, device=device)
-    lengths = torch.full((P * G,), C, device=device)
-    finished = torch.zeros(P * G, dtype=torch.bool, device=device)
+    column = torch.zeros(1, dtype=torch.long, device=device)
     rows = torch.arange(P * G, device=device)  # those in the batch; some of them may have finished
-    for t in range(C):
+    alive = torch.ones(P * G, dtype=torch.bool, device=device)  # of these rows
+
+    def choose(logits: Tensor) -> None:
         distribution = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-        if temperature:
-            cumulative = distribution.exp().cumsum(-1)
-            # Away from 0 and 1, where rounding could pick a token of almost no probability.
-            threshold = (uniforms[rows, t, None] * (1 - 2e-6) + 1e-6) * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, threshold, right=True)
-        else:
-            chosen = distribution.argmax(-1, keepdim=True)
-        tokens[rows, t], log_probs[rows, t] = chosen[:, 0], distribution.gather(1, chosen)[:, 0]
-        ends = rows[torch.isin(chosen[:, 0], eos) & ~finished[rows]]
-        lengths[ends], finished[ends] = t + 1, True
-        alive = ~finished[rows]
-        count = int(alive.sum())
-        if t == C - 1 or count == 0:
+        numbers = uniforms[rows, column][:, None]
+        chosen = pick(distribution.exp(), numbers) if temperature else distribution.argmax(-1, keepdim=True)
+        tokens[rows, column], log_probs[rows, column] = chosen[:, 0], distribution.gather(1, chosen)[:, 0]
+
+    def step() -> None:
+        hidden = model.hidden(tokens[rows, column][:, None], (starts + column)[:, None], slots_in_use)
+        column.add_(1)
+        choose(model.lm_head(hidden[:, 0]))
+
+    choose(logits)
+    span = SPAN if device.type == "cuda" else 1
+    for t in range(1, C, span):  # every row has t tokens
+        alive &= ~torch.isin(tokens[rows, max(t - span, 0) : t], eos).any(1)
+        count = int(alive.sum())  # the one wait of the span
+        if count == 0:
             break
         keep = round_up(count, 64)
         if keep < 0.75 * len(rows):  # then copying the cache of the others costs less than carrying all
             going_on = alive.int().argsort(descending=True, stable=True)[:keep]
-            rows, positions, chosen = rows[going_on], positions[going_on], chosen[going_on]
+            rows, starts, alive = rows[going_on], starts[going_on], alive[going_on]
             cache = cache[:, :, going_on]
-        hidden = model.hidden(chosen, positions[:, None], cache)
-        logits, positions = model.lm_head(hidden[:, 0]), positions + 1
+        slots_in_use = cache if span == 1 else cache[..., : round_up(width + t + span, 64), :]
+        graph = step() if span == 1 else repeat_in_graph(step, min(span, C - t))  # noqa: F841, see there
+    ends = torch.isin(tokens, eos)
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, C)
     log_probs *= torch.arange(C, device=device) < lengths[:, None]
     token_lists = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
     return Completions(token_lists, log_probs, finished)

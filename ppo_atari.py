@@ -272,27 +272,40 @@ def collect_rollout(games: Games, policy: Callable, noise: Tensor, observations:
     """Plays T steps in each of N games.
 
     `policy` maps observations to logits and values, `noise` (T, N, n) decides the actions. `observations`
-    (T, N, 84, 84, 4) is the memory that all rollouts share; the channels come last, as in the network.
+    (T, N, 84, 84, 4) is the memory that all rollouts share; the channels come last, as in the network. While
+    the policy acts in one half of the games, the emulator plays the other, if `games` has two halves.
     """
     device, (num_steps, num_games, _) = observations.device, noise.shape
     logits = torch.empty_like(noise)
-    values, final_values = torch.empty(2, num_steps, num_games, device=device)
+    values, final_values = torch.empty(2, num_steps + 1, num_games, device=device)
     rewards = np.empty((num_steps, num_games), np.float32)
     terminated, truncated, valid = (np.empty_like(rewards, bool) for _ in range(3))
-    for t in range(num_steps):
-        observations[t] = torch.from_numpy(games.observations).to(device).movedim(1, -1)
-        logits[t], values[t] = policy(observations[t].movedim(-1, 1))
+    size = num_games // len(games.halves)
+    halves = [(half, slice(i * size, (i + 1) * size)) for i, half in enumerate(games.halves)]
+
+    def act(t: int, half: Games, part: slice) -> None:
+        observations[t, part] = torch.from_numpy(half.observations).to(device).movedim(1, -1)
+        logits[t, part], values[t, part] = policy(observations[t, part].movedim(-1, 1))
         # Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of logits + noise is a sample of
         # their distribution, if the noise is -log of exponential variables.
-        actions = (logits[t] + noise[t]).argmax(-1).cpu().numpy()
-        valid[t] = ~games.must_fire
-        rewards[t], terminated[t], truncated[t], final_observations = games.step(actions)
-        if truncated[t].any():
-            final_values[t] = policy(as_images(final_observations, device))[1]
-    next_values = torch.cat((values[1:], policy(as_images(games.observations, device))[1][None]))
+        actions = (logits[t, part] + noise[t, part]).argmax(-1).cpu().numpy()
+        valid[t, part] = ~half.must_fire
+        half.send(actions)
+
+    for half, part in halves:
+        act(0, half, part)
+    for t in range(num_steps):
+        for half, part in halves:
+            rewards[t, part], terminated[t, part], truncated[t, part], final_observations = half.receive()
+            if truncated[t, part].any():
+                final_values[t, part] = policy(as_images(final_observations, device))[1]
+            if t + 1 < num_steps:
+                act(t + 1, half, part)
+    for half, part in halves:
+        values[num_steps, part] = policy(as_images(half.observations, device))[1]
     arrays = rewards, terminated, truncated, valid
     rewards, terminated, truncated, valid = (torch.from_numpy(x).to(device) for x in arrays)
-    next_values = torch.where(truncated, final_values, next_values)
+    next_values, values = torch.where(truncated, final_values[:-1], values[1:]), values[:-1]
     actions = (logits + noise).argmax(-1)
     log_probs, done = log_prob(logits, actions), terminated | truncated
     return Rollout(observations, actions, log_probs, values, next_values, rewards, terminated, done, valid)
@@ -301,7 +314,7 @@ def collect_rollout(games: Games, policy: Callable, noise: Tensor, observations:
 def train(args: Args, run: Run) -> None:
     """PPO (Schulman et al. 2017, algorithm 1)."""
     device = choose_device(args)
-    games = TrainingGames(args)
+    games = TrainingGames(args, num_halves=2 if device.type == "cuda" and not args.checkpoint_barrier else 1)
     agent = Agent(games.num_actions, args.bfloat16 and has_bfloat16(device)).to(device)
     optimizer = Adam(agent.parameters(), args.learning_rate, eps=1e-5)  # of OpenAI's baselines
     run.start(agent=agent, games=games, optimizer=optimizer)
@@ -309,7 +322,7 @@ def train(args: Args, run: Run) -> None:
     # On a CPU the convolutions themselves take the time, and eager PyTorch is as fast.
     compiled = args.compile and device.type == "cuda"
     policy = compile_update(agent, device, "policy") if compiled else agent
-    shape = (args.num_steps, len(games.observations), 84, 84, 4)
+    shape = (args.num_steps, args.num_envs // world_size(), 84, 84, 4)
     observations = torch.empty(shape, dtype=torch.uint8, device=device)
 
     for progress in run.iterations(args.batch_size):
@@ -626,6 +639,7 @@ class Games:
         buttons = self.engine.ale.get_action_set()
         self.has_fire = ale_py.Action.FIRE in buttons
         self.fire = buttons.index(ale_py.Action.FIRE) if self.has_fire else 0
+        self.halves: list[Games] = [self]  # two on a GPU, see TrainingGames
 
     def reset(self, seeds: np.ndarray) -> None:
         """Starts all games, each with its own seed (N,); observations are (N, 4, 84, 84), uint8."""
@@ -641,8 +655,15 @@ class Games:
         Returns rewards clipped to their sign, terminated (a life was lost or the game is over), truncated
         (N,), and final observations (N, 4, 84, 84), which count only where a game has ended.
         """
-        actions = np.where(self.must_fire, self.fire, actions)
-        self.observations, scores, terminated, truncated, info = self.engine.step(actions)
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: np.ndarray) -> None:
+        """The first part of `step`; the engine plays in its threads until `receive`, the second part."""
+        self.engine.send(np.where(self.must_fire, self.fire, actions))
+
+    def receive(self) -> tuple[np.ndarray, ...]:
+        self.observations, scores, terminated, truncated, info = self.engine.recv()
         over = info["episode_frame_number"] < self.frames  # the count went back: a new game has begun
         self.frames = info["episode_frame_number"]
         self.must_fire = terminated & ~over & self.has_fire
@@ -654,8 +675,9 @@ class Games:
         return np.sign(scores), terminated, truncated, info.get("final_obs", self.observations)
 
     def close(self) -> None:
-        """Ends the threads of the engine."""
-        self.engine.close()
+        """Ends the threads of the engine, and of that of the other half."""
+        for half in self.halves:
+            half.engine.close()
 
 
 class TrainingGames(Games):
@@ -663,14 +685,17 @@ class TrainingGames(Games):
 
     The engine cannot save a game, so a resumed run begins new ones. With `--checkpoint-barrier`, all games
     start anew every checkpoint_interval. By Gymnasium's contract, their seeds and the actions since determine
-    them. So every checkpoint holds these two, and resuming plays the actions again.
+    them. So every checkpoint holds both, and resuming plays them again. Of two halves this is the first.
     """
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, num_halves: int = 1):
         self.env_id, self.num_envs, self.barrier = args.env_id, args.num_envs, args.checkpoint_barrier
         num_games = args.num_envs // world_size()
         self.part = slice(rank() * num_games, (rank() + 1) * num_games)
-        super().__init__(args.env_id, num_games, args.repeat_action_probability)
+        num_halves = math.gcd(num_halves, num_games)
+        game = args.env_id, num_games // num_halves, args.repeat_action_probability
+        super().__init__(*game)
+        self.halves += [Games(*game) for _ in range(num_halves - 1)]
         self.last_games = deque(maxlen=100)  # scores and lengths of the last games of all processes
         self.begin()
 
@@ -679,17 +704,18 @@ class TrainingGames(Games):
         self.seeds = torch.randint(EVALUATION_SEED, (self.num_envs,))
         self.actions = []  # (num_envs,) each, of all processes since then
         self.new_actions = []  # (N,) each, of this process, not yet among them
-        self.reset(self.seeds[self.part].numpy())
+        for half, seeds in zip(self.halves, np.split(self.seeds[self.part].numpy(), len(self.halves))):
+            half.reset(seeds)
         self.checksums = self.compute_checksums()
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+    def send(self, actions: np.ndarray) -> None:
         if self.barrier:
             self.new_actions.append(actions.astype(np.uint8))
-        return super().step(actions)
+        super().send(actions)
 
     def compute_checksums(self) -> list[int]:
         """Of the observations of all games, in all processes, to check a replay."""
-        parts = gather([zlib.crc32(x) for x in self.observations])
+        parts = gather([zlib.crc32(x) for half in self.halves for x in half.observations])
         return list(itertools.chain(*parts))
 
     def statistics(self) -> dict[str, float]:
@@ -697,10 +723,13 @@ class TrainingGames(Games):
 
         All processes call it in each iteration, and tell each other what they have played.
         """
-        finished, actions = zip(*gather((self.finished, self.new_actions)))
+        finished = [game for half in self.halves for game in half.finished]
+        finished, actions = zip(*gather((finished, self.new_actions)))
         self.last_games.extend((score, length) for part in finished for _, score, length in part)
         self.actions.extend(map(np.concatenate, zip(*actions)))
-        self.finished, self.new_actions = [], []
+        self.new_actions = []
+        for half in self.halves:
+            half.finished = []
         if self.barrier:
             self.checksums = self.compute_checksums()
         names = "charts/episodic_return", "charts/episodic_length"
@@ -722,7 +751,8 @@ class TrainingGames(Games):
         say(f"Replaying {len(self.actions) * self.num_envs:,} steps of the games")
         self.reset(self.seeds[self.part].numpy())
         for actions in self.actions:
-            super().step(actions[self.part].astype(int))
+            super().send(actions[self.part].astype(int))
+            self.receive()
         self.finished, self.checksums = [], self.compute_checksums()
         if self.checksums != state["checksums"]:
             say(f"Replayed games of {self.env_id} differ from the saved ones, so new ones begin")

@@ -255,6 +255,44 @@ def test_sampler_is_the_plain_loop(model, temperature):
     assert temperature == 0 or len(lengths) > 3
 
 
+def test_rows_of_the_sampler_are_frozen():
+    """Rows for one seed, as sampled before the sampler was rewritten in spans for GPUs."""
+    config = SHAPE | {"model_type": "llama", "initializer_range": 0.4, "max_position_embeddings": 64}
+    torch.manual_seed(7)
+    model = grpo.Transformer(config)
+    model.eos_ids = {1, 2, 3}
+    out = grpo.generate(model, [[5, 9], [7, 8, 6, 30]], torch.rand(2, 4, 12), 0.9)
+    assert [" ".join(map(str, row)) for row in out.tokens] == [
+        "27 17 39 27 17 0 10 23 5 6 30 23",
+        "49 6 50 18 27 47 18 27 49 19 37 40",
+        "50 6 56 17 4 56 13 23 60 35 29 6",
+        "17 19 7 27 10 57 29 4 22 3",
+        "59 19 4 38 6 55 4 0 49 7 38 4",
+        "59 16 18 40 1",
+        "59 27 53 18 10 21 23 25 13 18 49 25",
+        "30 10 42 12 58 54 26 6 3",
+    ]
+    sums = [-27.5241, -22.4513, -29.1895, -19.992, -27.3785, -11.8565, -19.3411, -21.4131]
+    np.testing.assert_allclose(out.log_probs.sum(1), sums, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [61, 4096, 4097, 5120, 20_011])  # from 4,097 on in two levels
+def test_pick_finds_the_interval_of_each_number(size):
+    """Against a running sum in float64, with stretches of tokens that have no probability."""
+    weights = (3 * torch.randn(200, size)).exp()
+    weights[:, 10 : size // 2] *= torch.rand(200, size // 2 - 10) < 0.1
+    weights[:50, : size // 3] = 0
+    weights[50:100, -size // 3 :] = 0
+    uniforms = torch.rand(200, 1)
+    uniforms[::10], uniforms[5::10] = 0, 1 - 2**-24
+    chosen = grpo.pick(weights, uniforms)
+    assert chosen.shape == (200, 1) and (weights.gather(1, chosen) > 0).all()
+    ends = (weights.double() / weights.double().sum(1, keepdim=True)).cumsum(1)
+    start = torch.nn.functional.pad(ends, (1, 0)).gather(1, chosen)
+    # The bounds are as exact as a sum in float32; at 0 and 1 they are moved inwards by 1e-6.
+    assert (uniforms > start - 4e-6).all() and (uniforms < ends.gather(1, chosen) + 4e-6).all()
+
+
 def make_groups(model, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float = 1.0) -> list:
     """Groups as the script samples them, without texts and rewards."""
     out, G = grpo.generate(model, prompts, uniforms, temperature), uniforms.shape[1]

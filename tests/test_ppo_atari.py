@@ -597,16 +597,20 @@ def test_rollout_is_what_the_games_saw(monkeypatch):
     """Two rollouts of 64 steps; games are cut after 40, and lives lost before."""
     monkeypatch.setattr(ppo, "MAX_FRAMES", 160)
     T, N, games, seen = 64, 3, ppo.Games(BREAKOUT, 3), []
-    step = games.step
+    send, receive, sent = games.send, games.receive, []
 
-    def recording_step(actions):
-        forced = games.must_fire.copy()
+    def recording_send(actions):
         assert isinstance(actions, np.ndarray) and actions.shape == (N,)
-        outcome = step(actions)
-        seen.append([x.copy() for x in (actions, forced, games.observations, *outcome)])
+        sent[:] = actions, games.must_fire.copy()
+        send(actions)
+
+    def recording_receive():
+        outcome = receive()
+        seen.append([x.copy() for x in (*sent, games.observations, *outcome)])
         return outcome
 
-    monkeypatch.setattr(games, "step", recording_step)
+    monkeypatch.setattr(games, "send", recording_send)
+    monkeypatch.setattr(games, "receive", recording_receive)
     policy = scripted_policy(4)
     games.reset(np.arange(3))
     for _ in range(2):
@@ -641,12 +645,48 @@ def test_rollout_is_what_the_games_saw(monkeypatch):
         assert not any(x.requires_grad for x in transitions)
 
 
+def test_two_halves_in_turn_play_as_each_half_alone(monkeypatch):
+    """Two rollouts: games are cut after 25 steps and lives lost before, so that every branch is taken."""
+    monkeypatch.setattr(ppo, "MAX_FRAMES", 100)
+    T, args = 40, ppo.Args(num_envs=4, num_steps=40)
+    games, policy = ppo.TrainingGames(args, num_halves=2), scripted_policy(4)
+    assert [len(half.observations) for half in games.halves] == [2, 2]
+    alone = [ppo.Games(BREAKOUT, 2) for _ in range(2)]
+    for half, seeds in zip(alone, games.seeds.numpy().reshape(2, 2)):
+        half.reset(seeds)
+    ended = 0
+    for _ in range(2):
+        noise, observations = gumbel(T, 4, 4), torch.zeros(T, 4, 84, 84, 4, dtype=torch.uint8)
+        together = ppo.collect_rollout(games, policy, noise, observations)
+        for i, half in enumerate(alone):
+            part = slice(2 * i, 2 * i + 2)
+            memory = torch.zeros(T, 2, 84, 84, 4, dtype=torch.uint8)
+            expected = ppo.collect_rollout(half, policy, noise[:, part], memory)
+            for name, x, wanted in zip(expected._fields, together, expected):
+                assert torch.equal(x[:, part], wanted), name
+        ended += together.done.sum() - together.terminated.sum()
+        assert not together.valid.all()
+    assert ended >= 8
+    finished = [(score, length) for half in alone for _, score, length in half.finished]
+    games.statistics()
+    assert [*games.last_games] == finished and len(finished) >= 8
+    games.close()
+    assert len(ppo.TrainingGames(ppo.Args(num_envs=3, num_minibatches=3), num_halves=2).halves) == 1
+
+
 class StillGames:
     """Games in which nothing happens."""
 
     def __init__(self, num_games: int):
         self.must_fire = np.zeros(num_games, bool)
         self.observations = np.zeros((num_games, 4, 84, 84), np.uint8)
+        self.halves = [self]
+
+    def send(self, actions):
+        self.sent = actions
+
+    def receive(self):
+        return self.step(self.sent)
 
     def step(self, actions):
         nothing = np.zeros(len(actions))
