@@ -218,7 +218,7 @@ class Findings:
                         (-self.grpo.completion_log_probs(model, part).sum() / len(sequences)).backward()
                     self.grpo.optimizer_step(model, optimizer, 1.0)
 
-            properties = mock.Mock(return_value=mock.Mock(total_memory=160 * (elements or 0)))
+            properties = mock.Mock(return_value=mock.Mock(total_memory=320 * (elements or 0)))
             real = torch.cuda.get_device_properties
             with self.dense(dense), mock.patch.object(
                 torch.cuda, "get_device_properties", properties if elements else real
@@ -228,7 +228,7 @@ class Findings:
             return {"tokens_per_s": tokens / seconds, "TFLOPs": flops / seconds / 1e12}
 
         variants = [(False, None, False, False), (True, None, False, False), (False, 2**25, False, False)]
-        variants += [(False, 2**27, False, False), (False, None, False, True), (False, None, True, False)]
+        variants += [(False, 2**29, False, False), (False, None, False, True), (False, None, True, False)]
         for variant in variants:
             facts = dict(zip(("mask", "logits", "compiled_layers", "checkpointing"), variant))
             self.attempt("training step", lambda variant=variant: measure(*variant), **facts)
