@@ -1213,8 +1213,8 @@ def completion_log_probs(model: Transformer, sequences: list[Sequence], temperat
         return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
     memory = torch.cuda.get_device_properties(hidden.device).total_memory if hidden.is_cuda else 0
-    # On a GPU parts take up to a tenth of the memory, since each adds a gradient of the whole head.
-    size = max(max(memory // 160, HEAD_ELEMENTS) // model.lm_head.out_features, 1)
+    # On a GPU a twentieth of the memory, at 16 bytes each, since each part adds a gradient of the whole head.
+    size = max(max(memory // 320, HEAD_ELEMENTS) // model.lm_head.out_features, 1)
     parts = list(zip(hidden.split(size), packed.targets.split(size)))
     if len(parts) == 1:
         flat = log_probs(*parts[0])

@@ -7,6 +7,7 @@ python -m benchmark overoptimization --seeds 3                # learned and true
 python -m benchmark curve runs/Hopper-v5__...                # learning curve of one run
 python -m benchmark speed                                    # steps per second beside the peers
 python -m benchmark memory                                   # what fits on which GPU, language models
+python -m benchmark gpu check                                # what is to be seen on a GPU, in pieces
 """
 
 import signal
@@ -180,6 +181,26 @@ def memory(micro_batch_tokens: int = 8192, lora_rank: int = 16) -> None:
     print(table(micro_batch_tokens, lora_rank))
 
 
+def gpu(
+    piece: tyro.conf.Positional[Literal["check", "sample", "step", "grpo", "atari", "report"]],
+    out: Path = RESULTS / "gpu",
+    small: bool = False,
+) -> None:
+    """Check and measure on a GPU, in pieces of under ten minutes each.
+
+    Args:
+        piece: check first: nothing else counts if it finds differences; report writes docs/gpu.md
+        out: folder of gpu.jsonl, to which every finding is appended at once
+        small: tiny sizes, for a trial on a CPU; the report then stays in `out`
+    """
+    from benchmark.gpu import measure, write_report
+
+    if piece == "report":
+        print(write_report(out, REPOSITORY / "docs" / "gpu.md"))
+    else:
+        measure(piece, out, small)
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
         {
@@ -190,6 +211,7 @@ if __name__ == "__main__":
             "curve": curve,
             "speed": speed,
             "memory": memory,
+            "gpu": gpu,
         },
         prog="python -m benchmark",
     )

@@ -137,7 +137,8 @@ def table(tokens: int = 8192, lora_rank: int = 16) -> str:
     for name, sizes in MODELS.items():
         for rank in (0, lora_rank):
             cells = [needed(Shape(**sizes), rank, tokens=tokens, **kind).total for kind in kinds.values()]
-            cards = [next((f"{card} GB" for card in CARDS if x <= card), "none") for x in cells]
+            # Logits computed at a time may take a twentieth of the card; `activations` has 0.5 GB of them.
+            cards = [next((f"{card} GB" for card in CARDS if x - 0.5 <= 0.95 * card), "none") for x in cells]
             row = [f"{x:.0f} GB: {card}" for x, card in zip(cells, cards)]
             lines.append(f"| {name} | {f'LoRA, rank {rank}' if rank else 'all'} | {' | '.join(row)} |")
     return "\n".join(lines)

@@ -42,7 +42,8 @@ def sb3(
         if isinstance(envs.envs[0].unwrapped, MujocoEnv):
             envs = VecNormalize(envs)
     policy = "CnnPolicy" if on_atari else "MlpPolicy"
-    common = {"policy": policy, "env": envs, "n_steps": num_steps, "seed": 1, "device": "cpu"}
+    device = "auto" if on_atari else "cpu"  # as ours choose theirs
+    common = {"policy": policy, "env": envs, "n_steps": num_steps, "seed": 1, "device": device}
     if on_atari:  # the only algorithm on pixels here is PPO
         settings = {"batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
         model = stable_baselines3.PPO(ent_coef=0.01, **settings, **common)
@@ -81,14 +82,16 @@ def raw(env_id: str, num_envs: int, num_steps: int, total_timesteps: int, runs: 
 
 
 def trl_common(max_steps: int, runs: Path, bf16: bool) -> dict:
-    """Settings of TRL's trainers under which they do what ours do."""
+    """Settings of TRL's trainers under which they do what ours do, on the device that ours choose."""
+    import torch
+
     return {
         "output_dir": str(runs),
         "max_steps": max_steps,
         "learning_rate": 1e-5,
         "bf16": bf16,
         "gradient_checkpointing": False,  # ours has none either
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,

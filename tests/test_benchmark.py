@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from scipy.stats import trim_mean
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import ablated, frontier, overoptimization, speed
+from benchmark import ablated, frontier, gpu, overoptimization, speed
 from benchmark.events import make_curve, read_curve, read_scalars, write_curve
 from benchmark.figures import COLORS, draw_run, save
 from benchmark.manifest import available_cores
@@ -454,3 +455,39 @@ def test_unknown_detail_is_refused(capsys):
     with pytest.raises(SystemExit):
         ablated.main(["--without", "luck"])
     assert "staggered-starts" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- GPU
+
+
+def test_findings_on_a_gpu_are_appended_at_once_and_reported_beside_the_limit(tmp_path):
+    """A failure is a finding too; a page of a trial does not pass for one of a GPU."""
+    findings = gpu.Findings("sample", tmp_path, small=True)
+    findings.attempt("machine", lambda: {"TB_per_s": 2.0})
+    findings.attempt("generate", lambda: {"tokens_per_s": 5e5, "bytes_per_token": 1e6}, span=64)
+    findings.attempt("generate", lambda: 1 / 0, span=1)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["machine", "generate", "generate"]
+    assert "ZeroDivisionError" in lines[2]["error"] and lines[2]["manifest"]["small"]
+    page = tmp_path / "docs.md"
+    gpu.write_report(tmp_path, page)
+    assert not page.exists()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "2,000,000" in text and "0.25" in text and "ZeroDivisionError" in text
+    for line in lines:
+        line["manifest"] |= {"small": False, "gpu": "Some GPU"}
+    (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    gpu.write_report(tmp_path, page)
+    assert "Some GPU" in page.read_text()
+
+
+def test_checks_on_a_gpu_can_fail(tmp_path):
+    """What the piece `check` compares is told apart: a sampler at another temperature, another mask."""
+    findings = gpu.Findings("check", tmp_path, small=True)
+    fine = findings.sampler_equals_trainer(False)
+    assert fine["gap_max"] < 1e-4 and fine["rows_as_eager"] == 1
+    generate = findings.grpo.generate
+    with mock.patch.object(findings.grpo, "generate", lambda *x: generate(*x, temperature=1.1)):
+        assert findings.sampler_equals_trainer(False)["gap_max"] > 0.01
+    fine = findings.blocks_equal_mask(False)
+    assert fine["gap_max"] == fine["gradient_error_blocks"] == 0  # without a GPU both are the mask
