@@ -13,10 +13,10 @@ penalty instead of the clip, or neither.
     python ppo_continuous.py --resume runs/Hopper-v5__ppo_continuous__3__20261120-101500
     python ppo_continuous.py --evaluate runs/Hopper-v5__ppo_continuous__3__20261120-101500 --capture-video
 
-Deterministic evaluation after 1M steps: HalfCheetah-v5 5903 +- 808, mean and standard deviation of 5 seeds
-(benchmark/results/mujoco, with the defaults of version 0.1). Beyond the paper: observations are normalised,
-rewards are scaled, gradients of a large norm are scaled down, the learning rate falls to 0, advantages are
-computed anew for each epoch, and the epochs stop early when the KL grows large.
+Deterministic evaluation after 1M steps: HalfCheetah-v5 7999 +- 864, mean and standard deviation of 3 seeds
+(benchmark/results/mujoco). Beyond the paper: observations are normalised, rewards are scaled, gradients of a
+large norm are scaled down, the learning rate falls to 0, advantages are computed anew for each epoch, and the
+epochs stop early when the KL grows large.
 The algorithm comes first; the plumbing after `train` is shared by all scripts.
 """
 
