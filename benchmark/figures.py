@@ -93,7 +93,7 @@ def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluati
 
 
 def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
-    """One panel per environment, against `axis` "steps" or "time"; dotted lines are published figures.
+    """One panel per environment, against `axis` "steps" or "time"; dotted lines are the best published figures.
 
     With one variant there are its training and its evaluation; with several the training of each. The
     `drawn_tag` of the tasks has a panel of its own.
@@ -127,9 +127,9 @@ def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
                     draw_task(axes, summary, axis, color, with_evaluation=not several)
             if tag:
                 continue
-            for reference in dict.fromkeys(
-                reference for summary in here for reference in summary.task.references
-            ):
+            references = [reference for summary in here for reference in summary.task.references]
+            best = {x.metric: x for x in sorted(references, key=lambda x: x.value)}  # the last one stays
+            for reference in best.values():
                 above = (
                     reference.metric == "evaluation"
                 )  # and below for training, so that they do not collide

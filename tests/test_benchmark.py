@@ -314,6 +314,7 @@ def test_several_published_figures_and_a_panel_of_its_own(tmp_path: Path, monkey
     monkeypatch.setattr("benchmark.figures.save", lambda figure, path: drawn.append(figure))
     assert "2000 (A), 500 (B)" in write_report("suite", tasks, tmp_path, tmp_path)
     left, right = drawn[0].axes[:2]
+    assert [text.get_text() for text in left.texts] == ["A: 2000"]  # of two published figures, the best
     assert left.get_yscale() == "linear" and left.get_title() == f"One-v0: {tasks[0].training_name}"
     assert right.get_yscale() == "log" and right.get_title() == f"One-v0: {EVALUATION}"
     assert len(right.lines) == len(tasks) * 3  # two seeds and their mean each, no published figures
