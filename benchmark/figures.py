@@ -93,7 +93,7 @@ def draw_task(axes: Axes, summary: Summary, axis: str, color: str, with_evaluati
 
 
 def draw_suite(summaries: list[Summary], path: Path, axis: str) -> None:
-    """One panel per environment, against `axis` "steps" or "time"; dotted lines are the best published figures.
+    """One panel per environment, against `axis` "steps" or "time"; dotted: the best published figures.
 
     With one variant there are its training and its evaluation; with several the training of each. The
     `drawn_tag` of the tasks has a panel of its own.
