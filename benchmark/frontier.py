@@ -7,7 +7,6 @@ of n is taken.
 
 import csv
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmark.events import logged
 from benchmark.figures import COLORS, STYLE, save
-from benchmark.report import mean_and_std, number, provenance, table
+from benchmark.report import image, mean_and_std, number, table, write_page
 from benchmark.results import Summary, summarize
 from benchmark.suites import Task
 
@@ -161,16 +160,6 @@ def write_frontier(suite: str, tasks: list[Task], results: Path, figures: Path) 
         cells = [mean_and_std(reward), mean_and_std(divergence), mean_and_std(lengths)]
         rows.append([summary.task.label, str(len(reward)), *cells, "–" if np.isnan(best) else number(best)])
     text = table(["Variant", "Seeds", "True reward", "KL", "Tokens", "Optimum at that KL"], rows)
-    link = Path(os.path.relpath(path, results / suite)).as_posix()
-    manifests = [manifest for summary in summaries for manifest in summary.manifests]
-    parts = [
-        f"# Results: {suite}\n",
-        text + "\n",
-        EXPLANATION + "\n",
-        f"![True reward against KL]({link})\n",
-        f"The first of {len(manifests)} runs; each result has a manifest beside it:\n",
-        f"    {manifests[0]['command']}\n",
-        provenance(manifests),
-    ]
-    (results / suite / "README.md").write_text("\n".join(parts) + "\n")
+    page = [text + "\n", EXPLANATION + "\n", image("True reward against KL", path, results / suite)]
+    write_page(suite, page, summaries, results)
     return text

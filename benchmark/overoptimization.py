@@ -4,7 +4,6 @@ Each variant of the suite is a reward model of another number of pairs, optimise
 the learned reward still rises and the true one falls, the policy exploits the errors of the reward model.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmark.events import logged
 from benchmark.figures import COLORS, STYLE, save
 from benchmark.frontier import KL
-from benchmark.report import mean_and_std, provenance, table
+from benchmark.report import image, mean_and_std, table, write_page
 from benchmark.results import Summary, summarize
 from benchmark.suites import Task
 
@@ -63,16 +62,10 @@ def write_overoptimization(suite: str, tasks: list[Task], results: Path, figures
         rows.append([summary.task.label, str(len(true)), *cells])
     names = [f"{name}, {place}" for place in ("best", "last") for name in ("True", "learned", "KL")]
     text = table(["Reward model", "Seeds", "Accuracy", *names], rows)
-    link = Path(os.path.relpath(path, results / suite)).as_posix()
-    manifests = [manifest for summary in summaries for manifest in summary.manifests]
-    parts = [
-        f"# Results: {suite}\n",
+    page = [
         text + "\n",
         EXPLANATION + "\n",
-        f"![Learned and true reward against the KL]({link})\n",
-        f"The first of {len(manifests)} runs; each result has a manifest beside it:\n",
-        f"    {manifests[0]['command']}\n",
-        provenance(manifests),
+        image("Learned and true reward against the KL", path, results / suite),
     ]
-    (results / suite / "README.md").write_text("\n".join(parts) + "\n")
+    write_page(suite, page, summaries, results)
     return text

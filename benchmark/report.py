@@ -143,6 +143,20 @@ def provenance(manifests: list[dict]) -> str:
     return f"Measured on {machines}, with {distinct(packages)}; commit {distinct(commits)}."
 
 
+def image(title: str, path: Path, folder: Path) -> str:
+    """A figure on a page in `folder`."""
+    return f"![{title}]({Path(os.path.relpath(path, folder)).as_posix()})\n"
+
+
+def write_page(suite: str, parts: list[str], summaries: list[Summary], results: Path) -> None:
+    """Writes {results}/{suite}/README.md: the parts that are not empty, and where the results come from."""
+    manifests = [manifest for summary in summaries for manifest in summary.manifests]
+    parts = [f"# Results: {suite}\n", *parts]
+    parts += [f"The first of {len(manifests)} runs; each result has a manifest beside it:\n"]
+    parts += [f"    {manifests[0]['command']}\n", provenance(manifests)]
+    (results / suite / "README.md").write_text("\n".join(part for part in parts if part) + "\n")
+
+
 def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) -> str:
     """Writes {results}/{suite}/README.md and two figures, {suite}_{kind}.png for kinds of FIGURES.
 
@@ -162,25 +176,13 @@ def write_report(suite: str, tasks: list[Task], results: Path, figures: Path) ->
             draw_scores(summaries, path)
         else:
             draw_suite(summaries, path, axis=kind)
-        link = Path(os.path.relpath(path, results / suite)).as_posix()
-        images.append(f"![{FIGURES[kind]}]({link})\n")
+        images.append(image(FIGURES[kind], path, results / suite))
     names = ", ".join(dict.fromkeys(task.training_name for task in tasks))
     header = [names.capitalize() if cell == TRAINING_CELL else cell for cell in HEADER]
     evaluation = ", ".join(dict.fromkeys(task.evaluation_name for task in tasks))
     header = [cell.replace("evaluation", evaluation) for cell in header]
     text = table(header, [table_row(summary) for summary in summaries])
     aggregate = aggregates(summaries)
-    manifests = [manifest for summary in summaries for manifest in summary.manifests]
-    commands = f"    {manifests[0]['command']}"
-    parts = [
-        f"# Results: {suite}\n",
-        text + "\n",
-        extra_flags(summaries),
-        aggregate,
-        EXPLANATION + "\n",
-        *images,
-    ]
-    parts += [f"The first of {len(manifests)} runs; each result has a manifest beside it:\n", commands + "\n"]
-    parts.append(provenance(manifests))
-    (results / suite / "README.md").write_text("\n".join(part for part in parts if part) + "\n")
+    page = [text + "\n", extra_flags(summaries), aggregate, EXPLANATION + "\n", *images]
+    write_page(suite, page, summaries, results)
     return f"{text}\n\n{extra_flags(summaries)}\n{aggregate}".rstrip()

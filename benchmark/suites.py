@@ -278,54 +278,39 @@ def grpo_on_reviews(*flags: str, label: str) -> Task:
     return replace(task, environment="reviews", environment_flag="", training_name="true reward")
 
 
-def dpo(*flags: str, label: str = "") -> Task:
+def reviews(script: str, max_steps: int, flags: tuple[str, ...], label: str) -> Task:
     """Reviews, for as many steps as are the default; both figures are of held-out prompts."""
     return Task(
-        "dpo_llm.py",
+        script,
         "reviews",
-        225,
+        max_steps,
         flags,
         label,
         environment_flag="",
         steps_flag="--max-steps",
         training_tag="eval/true_reward",
         training_name="true reward",
+    )
+
+
+def dpo(*flags: str, label: str = "") -> Task:
+    margins = "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen", "eval/logps/rejected"
+    return replace(
+        reviews("dpo_llm.py", 225, flags, label),
         evaluation_tag="eval/win_rate",
         evaluation_name="win rate against the reference",
-        other_tags=(
-            "eval/kl_to_reference",
-            "eval/mean_length",
-            "eval/rewards/accuracies",
-            "eval/rewards/margins",
-            "eval/logps/chosen",
-            "eval/logps/rejected",
-        ),
+        other_tags=("eval/kl_to_reference", "eval/mean_length", *margins),
     )
 
 
 def ppo(*flags: str, label: str = "") -> Task:
-    """RLHF on reviews, for as many steps as are the default; both figures are of held-out prompts."""
-    return Task(
-        "ppo_llm.py",
-        "reviews",
-        50,
-        flags,
-        label,
-        environment_flag="",
-        steps_flag="--max-steps",
-        training_tag="eval/true_reward",
-        training_name="true reward",
+    texts = "eval/mean_length", "eval/clipped_ratio", "eval/distinct"
+    reward_model = "reward_model/true_accuracy", "reward_model/eval_accuracy", "kl_coef"
+    return replace(
+        reviews("ppo_llm.py", 50, flags, label),
         evaluation_tag="eval/learned_reward",
         evaluation_name="learned reward",
-        other_tags=(
-            "eval/kl_to_reference",
-            "eval/mean_length",
-            "eval/clipped_ratio",
-            "eval/distinct",
-            "reward_model/true_accuracy",
-            "reward_model/eval_accuracy",
-            "kl_coef",
-        ),
+        other_tags=("eval/kl_to_reference", *texts, *reward_model),
     )
 
 
